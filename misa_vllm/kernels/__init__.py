@@ -1,0 +1,132 @@
+"""The operations a policy is made of, and the one place that chooses who computes them.
+
+`Kernels` is the contract; four modules implement it under the same function names:
+
+    misa_vllm.kernels.cuda    C++ for Hopper, csrc/cuda
+    misa_vllm.kernels.triton  Triton, any GPU with FP8
+    misa_vllm.kernels.cpu     C++ for CPUs, csrc/cpu
+    misa_vllm.reference       fp32 torch, any device
+"""
+
+import functools
+import importlib
+import os
+from typing import Protocol
+
+import torch
+
+from misa_vllm.rows import QueryRows
+
+IMPLEMENTATIONS = {
+    "cuda": "misa_vllm.kernels.cuda",
+    "triton": "misa_vllm.kernels.triton",
+    "cpu": "misa_vllm.kernels.cpu",
+    "reference": "misa_vllm.reference",
+}
+"""Name -> module, fastest first. Each but the reference has `why_unavailable(device) -> str | None`."""
+
+OVERRIDE_VARIABLE = "MISA_KERNELS"
+
+
+class Kernels(Protocol):
+    """Indexer operations over the paged cache of index keys (`misa_vllm.index_cache`).
+
+    Shapes: M rows (query tokens), H heads, h routed heads. All tensors lie on one device; q is
+    float8_e4m3fn [M, H, 128], gates float32 [M, H], index_cache uint8 [num_pages, page_bytes].
+
+    A row takes part in a call if `visible_from <= visible < visible_to` (None: no bound); every other row of
+    the output keeps what it held. Nothing here synchronises with the host, and pages that no row may see are
+    never read: they may hold NaN, and the unused part of a block table may hold any number.
+    """
+
+    @staticmethod
+    def update_page_means(index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Recompute the mean of every page that this step wrote to, from the page's keys.
+
+        slot_mapping [T] int64: the slots (page * 64 + offset) the step wrote, in token order; negative values
+        are padding. A page's keys are those up to the last slot the step wrote in it.
+        """
+
+    @staticmethod
+    def route_heads(
+        q: torch.Tensor,
+        gates: torch.Tensor,
+        index_cache: torch.Tensor,
+        rows: QueryRows,
+        active_heads: int,
+        pool_block: int,
+    ) -> torch.Tensor:
+        """The routed heads A(t) of every row (MISA, eq. of the router): [M, h] int32, ascending.
+
+        Only pool blocks that are complete at the row's position count; of equal heads the lower wins. A row
+        with no complete block gets heads 0 .. h - 1 and must not be scored with them.
+        """
+
+    @staticmethod
+    def select_tokens(
+        q: torch.Tensor,
+        gates: torch.Tensor,
+        heads: torch.Tensor | None,
+        index_cache: torch.Tensor,
+        rows: QueryRows,
+        k: int,
+        out: torch.Tensor,
+        visible_from: int = 0,
+        visible_to: int | None = None,
+    ) -> None:
+        """Write each row's k best tokens into out[:, :k] (int32 positions within the request, -1: none).
+
+        Scores are sum over `heads` (None: all) of gate * relu(q . k). A row with at most k visible tokens
+        selects them all without scoring, so it is exact whatever `heads` says; a row with none gets -1. The
+        order within a row is the implementation's, the same for the same inputs.
+        """
+
+    @staticmethod
+    def rerank_tokens(
+        q: torch.Tensor,
+        gates: torch.Tensor,
+        candidates: torch.Tensor,
+        index_cache: torch.Tensor,
+        rows: QueryRows,
+        k: int,
+        out: torch.Tensor,
+        visible_from: int = 0,
+        visible_to: int | None = None,
+    ) -> None:
+        """Write the k best of each row's candidates by the score of all heads into out[:, :k].
+
+        candidates [M, C] int32: distinct visible positions in any order, -1 for none, C >= k. A row with at
+        most k candidates selects them all.
+        """
+
+
+@functools.cache
+def choose_kernels(device_type: str) -> Kernels:
+    """The fastest implementation that runs on `device_type` ("cuda" or "cpu"), logged once.
+
+    The environment variable MISA_KERNELS names one explicitly.
+
+    Raises:
+        ValueError: MISA_KERNELS names an unknown implementation, or one that cannot run here.
+    """
+    from misa_vllm.log import logger
+
+    device = torch.device(device_type)
+    wanted = os.environ.get(OVERRIDE_VARIABLE)
+    if wanted is not None and wanted not in IMPLEMENTATIONS:
+        raise ValueError(f"{OVERRIDE_VARIABLE}={wanted}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    passed_over = []
+    for name, module_name in IMPLEMENTATIONS.items():
+        if wanted not in (None, name):
+            continue
+        reason = None if name == "reference" else importlib.import_module(module_name).why_unavailable(device)
+        if reason is None:
+            if name == "reference" and wanted is None:
+                logger.warning(
+                    "MISA runs its slow torch reference on %s: %s.", device_type, "; ".join(passed_over)
+                )
+            else:
+                logger.info("MISA indexer kernels on %s: %s.", device_type, name)
+            return importlib.import_module(module_name)
+        passed_over.append(f"{name} kernels: {reason}")
+    raise ValueError(f"{OVERRIDE_VARIABLE}={wanted} cannot run on {device_type}: {passed_over[-1]}")
