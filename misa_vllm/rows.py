@@ -22,10 +22,18 @@ class QueryRows:
     """[M] int32, how many keys a query sees."""
     max_visible: int
     """Upper bound of `visible` known on the host; bounds grids, never results."""
+    min_visible: int = 0
+    """Lower bound of `visible` known on the host; lets a caller leave out work that no row needs."""
 
     def __len__(self) -> int:
         return self.visible.shape[0]
 
     def __getitem__(self, rows: slice) -> "QueryRows":
         """The same requests with a slice of the rows."""
-        return QueryRows(self.block_table, self.request[rows], self.visible[rows], self.max_visible)
+        return QueryRows(self.block_table, self.request[rows], self.visible[rows], self.max_visible, self.min_visible)
+
+    def take(self, numbers: torch.Tensor) -> "QueryRows":
+        """The same requests with the rows whose numbers [n] int64 are given."""
+        return QueryRows(
+            self.block_table, self.request[numbers], self.visible[numbers], self.max_visible, self.min_visible
+        )

@@ -1,0 +1,145 @@
+"""What a user may set under `--additional-config '{"misa": {...}}'`, and what it comes to for one model."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_TOKENS
+
+POOL_BLOCK = 1024
+"""Default B: the paper's release (its router pools 1024 keys)."""
+
+MIN_CONTEXT = 0
+"""Default of `min_context`: routing pays as soon as it is possible (more than top-k visible keys, one pool block)."""
+
+CHECKPOINT_FIELDS = {"active_heads": "misa_topk_heads", "pool_block": "misa_k_block_size", "candidates": "misa_stage1_topk"}
+"""Option -> field of a checkpoint's config.json that stands in where the option is absent (the paper's release)."""
+
+
+class MISAConfigError(Exception):
+    """The options, or the model, cannot be served; the message is one line that says what to change.
+
+    Not a ValueError: pydantic would wrap it into several lines where vLLM validates its own configuration.
+    """
+
+
+class MISAOptions(BaseModel):
+    """The user's options; None means "not given"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policy: Literal["misa", "hierarchical", "dsa"] = "misa"
+    """Who selects tokens: routed heads, routed heads re-ranked by all heads, or all heads (exact DSA)."""
+    active_heads: int | None = Field(default=None, ge=1)
+    """h: indexer heads that score for a query. Default 8."""
+    pool_block: int | None = Field(default=None, ge=PAGE_TOKENS)
+    """B: tokens whose keys are averaged for the router; a multiple of the 64-token page. Default 1024."""
+    candidates: int | None = Field(default=None, ge=1)
+    """C: tokens that hierarchical MISA re-ranks with all heads. Default 8192."""
+    min_context: int | None = Field(default=None, ge=0)
+    """Tokens a query must see before its heads are routed; below it exact DSA runs."""
+    audit_every: int = Field(default=0, ge=0)
+    """Compare every n-th routed query with exact DSA and export the recall; 0 is off. Costs DSA's time on those."""
+
+
+@dataclass(frozen=True)
+class IndexerSettings:
+    """The options resolved against one model's indexer."""
+
+    policy: str
+    index_heads: int
+    """H."""
+    topk: int
+    """k, the model's index_topk."""
+    active_heads: int
+    pool_block: int
+    candidates: int
+    min_context: int
+    audit_every: int = 0
+
+    @property
+    def route_from(self) -> int:
+        """Smallest number of visible tokens at which a query's heads are routed.
+
+        A function of the query's position alone, so that prefill, decode and any batching agree (design,
+        invariant 1): the user's `min_context`, one complete pool block, and more tokens than top-k keeps.
+        """
+        return max(self.min_context, self.pool_block, self.topk + 1)
+
+    @property
+    def needs_page_means(self) -> bool:
+        return self.policy != "dsa"
+
+
+def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings:
+    """Validate the user's options and complete them from the model's config and the defaults.
+
+    Args:
+        options: the "misa" entry of vLLM's `additional_config`.
+        hf_config: the model's Hugging Face text config.
+
+    Raises:
+        MISAConfigError: with one line that says what to change.
+    """
+    if not isinstance(options, dict):
+        raise MISAConfigError(f'additional_config["misa"] must be an object of options, not {options!r}')
+    try:
+        given = MISAOptions(**options)
+    except ValidationError as error:
+        raise MISAConfigError(_one_line(error)) from None
+    index_heads = getattr(hf_config, "index_n_heads", None)
+    topk = getattr(hf_config, "index_topk", None)
+    if not index_heads or not topk:
+        architecture = (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
+        raise MISAConfigError(
+            f"{architecture} has no DSA indexer (index_n_heads, index_topk in config.json): drop "
+            "--attention-backend misa, or serve a DeepSeek-V3.2 or GLM-5 checkpoint"
+        )
+    head_dim = getattr(hf_config, "index_head_dim", INDEX_HEAD_DIM)
+    if head_dim != INDEX_HEAD_DIM:
+        raise MISAConfigError(
+            f"the model's index_head_dim is {head_dim}; MISA supports {INDEX_HEAD_DIM}: use another attention backend"
+        )
+
+    def pick(option: str, default: int) -> int:
+        value = getattr(given, option)
+        if value is None:
+            value = getattr(hf_config, CHECKPOINT_FIELDS.get(option, ""), None)
+        return default if value is None else value
+
+    settings = IndexerSettings(
+        policy=given.policy,
+        index_heads=index_heads,
+        topk=topk,
+        active_heads=pick("active_heads", min(8, index_heads)),
+        pool_block=pick("pool_block", POOL_BLOCK),
+        candidates=pick("candidates", max(8192, topk)),
+        min_context=pick("min_context", MIN_CONTEXT),
+        audit_every=given.audit_every,
+    )
+    if not 1 <= settings.active_heads <= index_heads:
+        raise MISAConfigError(
+            f"active_heads={settings.active_heads} is out of range: the model has {index_heads} indexer heads, "
+            f"choose 1 to {index_heads}"
+        )
+    if settings.pool_block < PAGE_TOKENS or settings.pool_block % PAGE_TOKENS:
+        raise MISAConfigError(
+            f"pool_block={settings.pool_block} must be a multiple of the KV page, {PAGE_TOKENS} tokens: "
+            f"choose for example {max(PAGE_TOKENS, settings.pool_block // PAGE_TOKENS * PAGE_TOKENS)}"
+        )
+    if settings.candidates < topk:
+        raise MISAConfigError(
+            f"candidates={settings.candidates} is less than the {topk} tokens the model selects: choose at least {topk}"
+        )
+    return settings
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first complaint of pydantic as one line with the remedy."""
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    known = ", ".join(MISAOptions.model_fields)
+    if first["type"] == "extra_forbidden":
+        return f'unknown option "{name}" in additional_config["misa"]: the options are {known}'
+    return f'option "{name}" in additional_config["misa"] cannot be {first["input"]!r}: {first["msg"].lower()}'

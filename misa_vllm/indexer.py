@@ -1,0 +1,46 @@
+"""One layer's indexer: keep the statistics current, let the policy select."""
+
+import torch
+
+from misa_vllm import metrics
+from misa_vllm.config import IndexerSettings
+from misa_vllm.kernels import choose_kernels
+from misa_vllm.policies import IndexerStep, make_policy
+from misa_vllm.rows import QueryRows
+
+
+class Indexer:
+    """The indexer of one DSA layer under one set of options."""
+
+    def __init__(self, settings: IndexerSettings, device_type: str) -> None:
+        self.settings = settings
+        self.kernels = choose_kernels(device_type)
+        self.policy = make_policy(settings)
+
+    def write_keys(self, k: torch.Tensor, index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Quantise index keys k [T, 128] into the cache (CPU; on GPUs vLLM's fused kernel has done it)."""
+        self.kernels.write_index_keys(k, index_cache, slot_mapping)
+
+    def update_statistics(self, index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Recompute the mean of every page this step wrote to; every step that writes keys must call it."""
+        if self.settings.needs_page_means:
+            self.kernels.update_page_means(index_cache, slot_mapping)
+
+    def select(
+        self,
+        q: torch.Tensor,
+        gates: torch.Tensor,
+        index_cache: torch.Tensor,
+        rows: QueryRows,
+        slot_mapping: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Update the statistics, then write each row's selected positions into out [M, >= k] int32.
+
+        See `misa_vllm.policies.base.IndexerStep` for the other shapes; slot_mapping [T] int64.
+        """
+        self.update_statistics(index_cache, slot_mapping)
+        step = IndexerStep(q, gates, index_cache, rows, self.kernels)
+        self.policy.select(step, out)
+        if self.settings.audit_every:
+            metrics.audit(self.settings, step, out)

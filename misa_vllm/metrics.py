@@ -1,0 +1,119 @@
+"""Counters of what the indexer does, served on vLLM's `/metrics` under `misa:`.
+
+Layers run in worker processes whose Prometheus registry nobody serves. A worker therefore keeps its counters in
+a small shared file of float64 in a directory that the server's process made and named in the environment; a
+collector in the server's registry adds the files up at each scrape.
+"""
+
+import atexit
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from misa_vllm.config import IndexerSettings
+from misa_vllm.policies.base import IndexerStep
+
+DIRECTORY_VARIABLE = "MISA_METRICS_DIR"
+PATHS = ("all", "exact", "routed")
+"""How a query's tokens were selected: fewer than top-k visible, by all heads, by routed heads."""
+COUNTERS = (*PATHS, "audited_queries", "audited_recall_sum")
+
+
+@functools.cache
+def export(settings: IndexerSettings) -> None:
+    """Serve the counters of this process and of those it starts (called in the server's process)."""
+    from prometheus_client import REGISTRY
+
+    if DIRECTORY_VARIABLE not in os.environ:
+        directory = tempfile.mkdtemp(prefix="misa-metrics-")
+        os.environ[DIRECTORY_VARIABLE] = directory
+        atexit.register(_remove_if_owner, directory, os.getpid())
+    REGISTRY.register(_Collector(settings, Path(os.environ[DIRECTORY_VARIABLE])))
+
+
+def _remove_if_owner(directory: str, owner: int) -> None:
+    if os.getpid() == owner:  # forked children inherit the exit handler
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class _Collector:
+    """Sums the workers' files at scrape time."""
+
+    def __init__(self, settings: IndexerSettings, directory: Path) -> None:
+        self.settings = settings
+        self.directory = directory
+
+    def collect(self):
+        from prometheus_client.core import CounterMetricFamily, InfoMetricFamily
+
+        totals = np.zeros(len(COUNTERS))
+        for file in self.directory.glob("*.f64"):
+            totals += np.fromfile(file, dtype=np.float64, count=len(COUNTERS))
+        total = dict(zip(COUNTERS, totals.tolist(), strict=True))
+        queries = CounterMetricFamily("misa:queries", "Queries (tokens) by how their keys were selected", labels=["path"])
+        for path in PATHS:
+            queries.add_metric([path], total[path])
+        yield queries
+        yield CounterMetricFamily(
+            "misa:audited_queries", "Queries (per layer) compared with exact DSA", value=total["audited_queries"]
+        )
+        yield CounterMetricFamily(
+            "misa:audited_recall_sum",
+            "Sum over audited queries of the share of DSA's tokens that were selected",
+            value=total["audited_recall_sum"],
+        )
+        shown = ("policy", "active_heads", "index_heads", "pool_block", "candidates", "min_context", "topk")
+        yield InfoMetricFamily(
+            "misa:config", "Options in force", value={name: str(getattr(self.settings, name)) for name in shown}
+        )
+
+
+@functools.cache
+def _counters() -> np.ndarray | None:
+    """This process's counters as a mapped file, or None where nobody serves them."""
+    directory = os.environ.get(DIRECTORY_VARIABLE)
+    if directory is None or not os.path.isdir(directory):
+        return None
+    return np.memmap(Path(directory, f"{os.getpid()}.f64"), dtype=np.float64, mode="w+", shape=(len(COUNTERS),))
+
+
+def _add(counter: str, amount: float) -> None:
+    counters = _counters()
+    if counters is not None:
+        counters[COUNTERS.index(counter)] += amount
+
+
+def count_queries(settings: IndexerSettings, visible: torch.Tensor) -> None:
+    """Count a step's queries by path; visible [M] int32 on the CPU."""
+    selected_all = int((visible <= settings.topk).sum())
+    routed = int((visible >= settings.route_from).sum()) if settings.policy != "dsa" else 0
+    _add("all", selected_all)
+    _add("routed", routed)
+    _add("exact", len(visible) - selected_all - routed)
+
+
+def audit(settings: IndexerSettings, step: IndexerStep, out: torch.Tensor) -> None:
+    """Compare every n-th routed query (by position) with exact DSA and count the share of its tokens found."""
+    visible = step.rows.visible
+    sampled = torch.nonzero((visible >= settings.route_from) & (visible % settings.audit_every == 0)).flatten()
+    if not len(sampled):
+        return
+    rows = step.rows.take(sampled)
+    exact = torch.empty(len(sampled), settings.topk, dtype=torch.int32, device=out.device)
+    step.kernels.select_tokens(
+        step.q[sampled], step.gates[sampled], None, step.index_cache, rows, settings.topk, exact
+    )
+    _add("audited_queries", len(sampled))
+    _add("audited_recall_sum", float(recall(out[sampled, : settings.topk], exact).sum()))
+
+
+def recall(selected: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Share of each row's `exact` tokens [M, k] that `selected` [M, k] holds (-1: none), [M] float32."""
+    merged = torch.cat([selected, exact], dim=1).sort(dim=1).values
+    found = ((merged[:, 1:] == merged[:, :-1]) & (merged[:, 1:] >= 0)).sum(dim=1)
+    return found / (exact >= 0).sum(dim=1).clamp(min=1)

@@ -1,0 +1,56 @@
+"""The interface of a policy."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from misa_vllm.config import IndexerSettings
+from misa_vllm.kernels import Kernels
+from misa_vllm.rows import QueryRows
+
+
+@dataclass(frozen=True)
+class IndexerStep:
+    """One layer's indexer input for M query rows; the keys of this step are in the cache already."""
+
+    q: torch.Tensor
+    """[M, H, 128] float8_e4m3fn."""
+    gates: torch.Tensor
+    """[M, H] float32, the query's FP8 scale, 128^-1/2 and H^-1/2 folded in."""
+    index_cache: torch.Tensor
+    """[num_pages, page_bytes] uint8, see `misa_vllm.index_cache`."""
+    rows: QueryRows
+    kernels: Kernels
+
+    def route(self, active_heads: int, pool_block: int) -> torch.Tensor:
+        """The routed heads of every row, [M, h] int32."""
+        return self.kernels.route_heads(self.q, self.gates, self.index_cache, self.rows, active_heads, pool_block)
+
+    def select(
+        self,
+        heads: torch.Tensor | None,
+        k: int,
+        out: torch.Tensor,
+        visible_from: int = 0,
+        visible_to: int | None = None,
+    ) -> None:
+        """Select k tokens by the score of `heads` for the rows with visible_from <= visible < visible_to."""
+        if visible_to is not None and self.rows.min_visible >= visible_to:
+            return
+        if self.rows.max_visible < visible_from:
+            return
+        self.kernels.select_tokens(
+            self.q, self.gates, heads, self.index_cache, self.rows, k, out, visible_from, visible_to
+        )
+
+
+class Policy(ABC):
+    """Selects the tokens that sparse attention reads."""
+
+    def __init__(self, settings: IndexerSettings) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def select(self, step: IndexerStep, out: torch.Tensor) -> None:
+        """Write every row's selected positions into out[:, :k], int32, -1 for none."""

@@ -1,0 +1,35 @@
+"""Hierarchical MISA: routed heads pick candidates, all heads re-rank them (MISA with a dagger in arXiv 2605.07363)."""
+
+import torch
+
+from misa_vllm.policies.base import IndexerStep, Policy
+
+ROWS_AT_ONCE = 1024
+"""Bounds the candidate lists: 1024 rows of 8192 int32 are 32 MiB."""
+
+
+class HierarchicalMISA(Policy):
+    @property
+    def route_from(self) -> int:
+        """Rows that see no more than the candidates' number are exact DSA in one pass: nothing would be left out."""
+        return max(self.settings.route_from, self.settings.candidates + 1)
+
+    def select(self, step: IndexerStep, out: torch.Tensor) -> None:
+        settings = self.settings
+        step.select(None, settings.topk, out, visible_to=self.route_from)
+        if step.rows.max_visible < self.route_from:
+            return
+        for start in range(0, len(step.rows), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            self._select_part(
+                IndexerStep(step.q[part], step.gates[part], step.index_cache, step.rows[part], step.kernels), out[part]
+            )
+
+    def _select_part(self, step: IndexerStep, out: torch.Tensor) -> None:
+        settings = self.settings
+        heads = step.route(settings.active_heads, settings.pool_block)
+        candidates = torch.empty(len(step.rows), settings.candidates, dtype=torch.int32, device=out.device)
+        step.select(heads, settings.candidates, candidates, visible_from=self.route_from)
+        step.kernels.rerank_tokens(
+            step.q, step.gates, candidates, step.index_cache, step.rows, settings.topk, out, self.route_from
+        )
