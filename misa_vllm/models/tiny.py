@@ -1,0 +1,284 @@
+"""Writes a small model of the DeepSeek-V3.2 or GLM-5 architecture as a complete Hugging Face folder.
+
+    python -m misa_vllm.models.tiny .models/tiny
+
+The weights are random (seeded), so it answers nonsense; everything else is real: vLLM's ordinary loader reads the
+checkpoint, the tokenizer is trained on the text the package ships, the indexer has the shapes of the big models.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+TRAINING_TEXT = Path(__file__).resolve().parent.parent / "data" / "us_constitution.txt"
+UNKNOWN, BOS, EOS = "<|unknown|>", "<|begin|>", "<|end|>"
+ROLES = ("system", "user", "assistant")
+SPECIAL_TOKENS = [UNKNOWN, BOS, EOS, *(f"<|{role}|>" for role in ROLES)]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte, so that any text has tokens
+
+# Spread of the gates' sizes over the heads (standard deviation of their logarithm): trained indexers use their
+# heads unequally, and a router has something to find only then.
+GATE_SPREAD = 1.0
+# Standard deviation of the logits: one sharp enough that a sampled text does not jump between all tokens evenly.
+LOGIT_STD = 3.0
+# Attention logits of random weights are nearly equal; this much larger queries let it look at single tokens.
+QUERY_GAIN = 3.0
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What tells the two model families apart, as vLLM reads their config.json."""
+
+    name: str
+    model_type: str
+    index_heads: int
+    interleaved_indexer_rope: bool
+
+
+ARCHITECTURES = {
+    "deepseek": Architecture("DeepseekV32ForCausalLM", "deepseek_v32", 64, False),
+    "glm": Architecture("GlmMoeDsaForCausalLM", "glm_moe_dsa", 32, True),
+}
+
+
+@dataclass(frozen=True)
+class TinySize:
+    """Sizes of the model; the defaults run on two CPU cores."""
+
+    architecture: str = "deepseek"
+    layers: int = 2
+    hidden: int = 256
+    intermediate: int = 512
+    heads: int = 4
+    """Attention heads."""
+    index_heads: int = 0
+    """H; 0 takes the family's own: 64 for deepseek, 32 for glm."""
+    index_head_dim: int = 128
+    topk: int = 256
+    """k, tokens the indexer selects per query."""
+    q_lora_rank: int = 128
+    kv_lora_rank: int = 512
+    nope_head_dim: int = 64
+    rope_head_dim: int = 64
+    v_head_dim: int = 64
+    max_position: int = 131072
+    vocab: int = 4096
+    """Upper bound; the tokenizer may find fewer useful tokens."""
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ValueError, one line that says what to change, for a size no model can have."""
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture {self.architecture!r} is unknown: choose {' or '.join(ARCHITECTURES)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            may_be_zero = field.name in ("index_heads", "seed")
+            if field.type is int and value < (0 if may_be_zero else 1):
+                raise ValueError(f"{field.name} is {value}: choose {'0 or more' if may_be_zero else '1 or more'}")
+        if self.vocab < SMALLEST_VOCABULARY:
+            raise ValueError(f"vocab is {self.vocab}: choose at least {SMALLEST_VOCABULARY}, all bytes need a token")
+        if self.rope_head_dim % 2:
+            raise ValueError(f"rope_head_dim is {self.rope_head_dim}: choose an even number, RoPE turns pairs")
+        if self.index_head_dim < self.rope_head_dim:
+            raise ValueError(
+                f"index_head_dim is {self.index_head_dim}, less than rope_head_dim {self.rope_head_dim}: "
+                f"choose at least {self.rope_head_dim}, the indexer turns that much of a key"
+            )
+
+    @property
+    def index_heads_resolved(self) -> int:
+        return self.index_heads or ARCHITECTURES[self.architecture].index_heads
+
+
+def build_tokenizer(vocab: int, text: str):
+    """A byte-level BPE tokenizer of at most `vocab` tokens trained on `text`; the same input gives the same tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        min_frequency=2,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return tokenizer
+
+
+def model_config(size: TinySize, vocab: int) -> dict:
+    """The contents of config.json. All layers are dense: the experts play no part in sparse attention."""
+    family = ARCHITECTURES[size.architecture]
+    config = {
+        "architectures": [family.name],
+        "model_type": family.model_type,
+        "dtype": "bfloat16",
+        "vocab_size": vocab,
+        "bos_token_id": SPECIAL_TOKENS.index(BOS),
+        "eos_token_id": SPECIAL_TOKENS.index(EOS),
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_nextn_predict_layers": 0,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.heads,
+        "q_lora_rank": size.q_lora_rank,
+        "kv_lora_rank": size.kv_lora_rank,
+        "qk_nope_head_dim": size.nope_head_dim,
+        "qk_rope_head_dim": size.rope_head_dim,
+        "v_head_dim": size.v_head_dim,
+        "index_n_heads": size.index_heads_resolved,
+        "index_head_dim": size.index_head_dim,
+        "index_topk": size.topk,
+        "first_k_dense_replace": size.layers,
+        "n_routed_experts": 1,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": size.intermediate,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": True,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": size.max_position,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    if family.interleaved_indexer_rope:
+        config["indexer_rope_interleave"] = True
+    return config
+
+
+def weights(size: TinySize, vocab: int) -> Iterator[tuple]:
+    """Yield (checkpoint name, tensor) of every weight, bfloat16 but for the indexer's key norm (float32)."""
+    import torch
+
+    def random(name: str, rows: int, columns: int, gain: float = 1.0) -> tuple:
+        # seeded by name: a weight does not change when others come or go
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{size.seed}/{name}".encode()))
+        values = torch.randn(rows, columns, generator=generator) * (gain / math.sqrt(columns))
+        return name, values.to(torch.bfloat16)
+
+    def ones(name: str, count: int, dtype=torch.bfloat16) -> tuple:
+        return name, torch.ones(count, dtype=dtype)
+
+    heads, head_dim = size.heads, size.nope_head_dim + size.rope_head_dim
+    index_heads = size.index_heads_resolved
+    yield random("model.embed_tokens.weight", vocab, size.hidden, math.sqrt(size.hidden))
+    for layer in range(size.layers):
+        block = f"model.layers.{layer}"
+        attention = f"{block}.self_attn"
+        yield ones(f"{block}.input_layernorm.weight", size.hidden)
+        yield random(f"{attention}.q_a_proj.weight", size.q_lora_rank, size.hidden)
+        yield ones(f"{attention}.q_a_layernorm.weight", size.q_lora_rank)
+        yield random(f"{attention}.q_b_proj.weight", heads * head_dim, size.q_lora_rank, QUERY_GAIN)
+        yield random(f"{attention}.kv_a_proj_with_mqa.weight", size.kv_lora_rank + size.rope_head_dim, size.hidden)
+        yield ones(f"{attention}.kv_a_layernorm.weight", size.kv_lora_rank)
+        up = heads * (size.nope_head_dim + size.v_head_dim)
+        yield random(f"{attention}.kv_b_proj.weight", up, size.kv_lora_rank)
+        yield random(f"{attention}.o_proj.weight", size.hidden, heads * size.v_head_dim)
+
+        indexer = f"{attention}.indexer"
+        yield random(f"{indexer}.wq_b.weight", index_heads * size.index_head_dim, size.q_lora_rank)
+        yield random(f"{indexer}.wk.weight", size.index_head_dim, size.hidden)
+        yield ones(f"{indexer}.k_norm.weight", size.index_head_dim, torch.float32)
+        yield f"{indexer}.k_norm.bias", torch.zeros(size.index_head_dim)
+        name, gates = random(f"{indexer}.weights_proj.weight", index_heads, size.hidden)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{size.seed}/{name}/spread".encode()))
+        spread = torch.exp(GATE_SPREAD * torch.randn(index_heads, 1, generator=generator))
+        yield name, (gates * spread).to(torch.bfloat16)
+
+        yield ones(f"{block}.post_attention_layernorm.weight", size.hidden)
+        for projection in ("gate_proj", "up_proj"):
+            yield random(f"{block}.mlp.{projection}.weight", size.intermediate, size.hidden)
+        yield random(f"{block}.mlp.down_proj.weight", size.hidden, size.intermediate)
+    yield ones("model.norm.weight", size.hidden)
+    yield random("lm_head.weight", vocab, size.hidden, LOGIT_STD)
+
+
+def write_model(folder: Path, size: TinySize) -> dict:
+    """Write the model into `folder`, made if absent, and return what was written: vocabulary, parameters, bytes.
+
+    Raises:
+        ValueError: a size is out of range.
+        OSError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    size.check()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(size.vocab, TRAINING_TEXT.read_text(encoding="utf-8"))
+    vocab = tokenizer.get_vocab_size()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tensors = dict(weights(size, vocab))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    documents = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "unk_token": UNKNOWN,
+            "model_max_length": size.max_position,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+        "generation_config.json": {
+            "bos_token_id": SPECIAL_TOKENS.index(BOS),
+            "eos_token_id": SPECIAL_TOKENS.index(EOS),
+        },
+        # config.json last: it is what makes the folder a model, so an interrupted run leaves none
+        "config.json": model_config(size, vocab),
+    }
+    for name, content in documents.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return {
+        "vocabulary": vocab,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m misa_vllm.models.tiny", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    for name, default in asdict(TinySize()).items():
+        choices = tuple(ARCHITECTURES) if name == "architecture" else None
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default, choices=choices, help=f"default {default}"
+        )
+    options = vars(parser.parse_args(arguments))
+    folder = options.pop("folder")
+    size = TinySize(**options)
+    start = time.monotonic()
+    try:
+        written = write_model(folder, size)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{folder}: {ARCHITECTURES[size.architecture].name}, {written['parameters'] / 1e6:.1f} M random parameters, "
+        f"{size.layers} layers, {size.index_heads_resolved} indexer heads, top-{size.topk}, "
+        f"{written['vocabulary']} tokens, {written['bytes'] / 1e6:.1f} MB, {time.monotonic() - start:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
