@@ -8,6 +8,7 @@ pick for the same model, dtype and GPU. On CPU, where vLLM has none, `SparseMLAI
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from vllm.v1.attention.backend import (
@@ -74,7 +75,12 @@ class MISAMetadataBuilder(AttentionMetadataBuilder[MISAMetadata]):
 
 
 class MISABackend(AttentionBackend):
-    """The attention backend that vLLM's option `misa` names."""
+    """The attention backend that vLLM's option `misa` names.
+
+    On CUDA vLLM asks `validate_configuration`, then resolves `full_cls_name`: both answer for the stock backend.
+    """
+
+    _stock: ClassVar[type[AttentionBackend] | None] = None
 
     supported_dtypes = [torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes = ["auto", "bfloat16"]
@@ -102,6 +108,18 @@ class MISABackend(AttentionBackend):
     @classmethod
     def is_sparse(cls) -> bool:
         return True
+
+    @classmethod
+    def validate_configuration(cls, *, device_capability, **selector_fields) -> list[str]:
+        """Reasons why this layer cannot be served, none if a stock backend can."""
+        cls._stock, reasons = seam.stock_sparse_mla_backend(
+            device_capability, seam.selector_config(**selector_fields)
+        )
+        return reasons
+
+    @classmethod
+    def full_cls_name(cls) -> tuple[str, str]:
+        return super().full_cls_name() if cls._stock is None else cls._stock.full_cls_name()
 
 
 class MISAIndexerBackend(AttentionBackend):

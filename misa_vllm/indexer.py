@@ -27,20 +27,17 @@ class Indexer:
             self.kernels.update_page_means(index_cache, slot_mapping)
 
     def select(
-        self,
-        q: torch.Tensor,
-        gates: torch.Tensor,
-        index_cache: torch.Tensor,
-        rows: QueryRows,
-        slot_mapping: torch.Tensor,
-        out: torch.Tensor,
+        self, q: torch.Tensor, gates: torch.Tensor, index_cache: torch.Tensor, rows: QueryRows, out: torch.Tensor
     ) -> None:
-        """Update the statistics, then write each row's selected positions into out [M, >= k] int32.
-
-        See `misa_vllm.policies.base.IndexerStep` for the other shapes; slot_mapping [T] int64.
-        """
-        self.update_statistics(index_cache, slot_mapping)
+        """Write each row's selected positions into out [M, >= k] int32; shapes as in `IndexerStep`."""
         step = IndexerStep(q, gates, index_cache, rows, self.kernels)
         self.policy.select(step, out)
         if self.settings.audit_every:
             metrics.audit(self.settings, step, out)
+
+    def reserve(self, max_rows: int, max_visible: int, device: torch.device) -> None:
+        """Allocate and drop what a step of `max_rows` queries may need, so that memory profiling counts it."""
+        size = self.policy.workspace_bytes(max_rows) + self.kernels.workspace_bytes(
+            max_rows, max_visible, self.policy.widest_selection
+        )
+        torch.empty(size, dtype=torch.uint8, device=device)

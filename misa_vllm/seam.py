@@ -17,8 +17,8 @@ import sys
 import torch
 
 from misa_vllm.config import IndexerSettings, MISAConfigError, resolve_settings
-from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_BYTES, PAGE_TOKENS, STOCK_PAGE_BYTES
-from misa_vllm.log import logger
+from misa_vllm.index_cache import INDEX_HEAD_DIM, MEAN_BYTES, PAGE_BYTES, PAGE_TOKENS, STOCK_PAGE_BYTES
+from misa_vllm.log import info_once, logger
 
 SUPPORTED_VLLM = "0.32"
 BACKEND_NAME = "MISA"
@@ -169,6 +169,33 @@ def _report_errors_as_one_line() -> None:
     sys.excepthook = hook
 
 
+# ---------------------------------------------------------------- sparse MLA attention on CUDA
+
+
+@functools.cache
+def stock_sparse_mla_backend(device_capability, selector_config):
+    """The backend class that vLLM would pick by itself, or the reasons why there is none.
+
+    Returns:
+        (backend class or None, list of reasons)
+    """
+    from vllm.platforms import current_platform
+
+    candidates, refused = current_platform.get_valid_backends(device_capability, selector_config)
+    if not candidates:
+        return None, [f"{backend.name}: {'; '.join(reasons)}" for backend, (_, reasons) in refused.items()]
+    best = min(candidates, key=lambda candidate: candidate.priority).backend_class
+    info_once(f"MISA: attention over the selected tokens is vLLM's {best.get_name()}.")
+    return best, []
+
+
+def selector_config(**fields):
+    """vLLM's description of a layer that wants a backend, from the arguments of `validate_configuration`."""
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    return AttentionSelectorConfig(**fields)
+
+
 # ---------------------------------------------------------------- indexer
 
 
@@ -179,9 +206,13 @@ def extend_indexer() -> None:
 
     if current_platform.is_cpu():
         _extend_generic_indexer()
+    else:
+        _extend_fused_indexer()
 
 
 def _make_index_cache_class():
+    from dataclasses import replace
+
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.models.deepseek_v2 import DeepseekV32IndexerCache
 
@@ -191,36 +222,164 @@ def _make_index_cache_class():
         def __init__(self, head_dim, dtype, prefix, cache_config):
             super().__init__(head_dim=head_dim, dtype=dtype, prefix=prefix, cache_config=cache_config)
             vllm_config = get_current_vllm_config()
-            self.settings = settings_for(vllm_config) if is_selected(vllm_config) else None
-            self.on_cpu = vllm_config.device_config.device_type == "cpu"
+            self.indexer = None
             self.index_cache = torch.empty(0, PAGE_BYTES, dtype=torch.uint8)
+            if is_selected(vllm_config):
+                from misa_vllm.indexer import Indexer
+
+                self.indexer = Indexer(settings_for(vllm_config), vllm_config.device_config.device_type)
 
         def get_kv_cache_spec(self, vllm_config):
             spec = super().get_kv_cache_spec(vllm_config)
-            if self.settings is None or not self.settings.needs_page_means:
+            if self.indexer is None or not self.indexer.settings.needs_page_means:
                 return spec
-            from dataclasses import replace
-
             return replace(spec, head_size=PAGE_BYTES // PAGE_TOKENS)
 
         def bind_kv_cache(self, kv_cache):
             """Take [num_pages, 1, 64, page_bytes / 64] and keep the page as bytes and the keys as stock sees them."""
             super().bind_kv_cache(kv_cache)
-            if self.settings is None:
+            if self.indexer is None:
                 return
             pages = self.kv_cache
+            if self.indexer.settings.needs_page_means:
+                info_once(
+                    f"MISA page means take {len(pages) * MEAN_BYTES / 2**20:.1f} MiB per indexer layer: {MEAN_BYTES} "
+                    f"bytes in each of {len(pages)} pages, {MEAN_BYTES / STOCK_PAGE_BYTES:.1%} of the index keys."
+                )
             self.index_cache = pages.as_strided((pages.shape[0], pages.shape[1] * pages.shape[2]), (pages.stride(0), 1))
             stock_row = STOCK_PAGE_BYTES // PAGE_TOKENS
             self.kv_cache = pages.as_strided((pages.shape[0], PAGE_TOKENS, stock_row), (pages.stride(0), stock_row, 1))
 
         def get_attn_backend(self):
-            if self.settings is None or not self.on_cpu:
+            if self.indexer is None:
                 return super().get_attn_backend()
-            from misa_vllm.backend import MISAIndexerBackend
-
-            return MISAIndexerBackend
+            return _index_cache_backend()
 
     return IndexCacheWithMeans
+
+
+@functools.cache
+def _index_cache_backend():
+    """The storage backend of the index cache: its builder adds what our kernels address rows by."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from misa_vllm.backend import MISAIndexerBackend
+
+        return MISAIndexerBackend
+    from vllm.v1.attention.backends.mla.indexer import DeepseekV32IndexerBackend, DeepseekV32IndexerMetadataBuilder
+
+    from misa_vllm import metrics
+
+    class BuilderWithRows(DeepseekV32IndexerMetadataBuilder):
+        def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+            metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+            metadata.query_start_loc = common_attn_metadata.query_start_loc
+            metadata.min_visible = 0
+            if metadata.num_decodes == 0 and metadata.num_prefills > 0:
+                # exact on the host for prefills only: a speculative decode's length is known on the device
+                starts = common_attn_metadata.query_start_loc_cpu
+                query_lens = starts[1:] - starts[:-1]
+                seq_lens = common_attn_metadata.seq_lens_cpu_upper_bound[: len(query_lens)]
+                metadata.min_visible = int((seq_lens - query_lens).min()) + 1
+            return metadata
+
+    class IndexerBackendWithRows(DeepseekV32IndexerBackend):
+        @staticmethod
+        def get_builder_cls():
+            return BuilderWithRows
+
+    return IndexerBackendWithRows
+
+
+def _query_rows(forward_context, metadata, max_model_len: int):
+    """`QueryRows` of a step on CUDA, computed by its first layer and shared by the others.
+
+    Runs inside captured graphs: lengths are read on the device, and what the host knows of them is used only
+    where nothing is being captured.
+    """
+    from misa_vllm.rows import QueryRows
+
+    cache = forward_context.__dict__.setdefault("misa_rows", {})
+    if id(metadata) not in cache:
+        starts = metadata.query_start_loc
+        token = torch.arange(metadata.slot_mapping.shape[0], dtype=torch.int32, device=starts.device)
+        request = torch.searchsorted(starts[1:], token, right=True, out_int32=True).clamp_(max=starts.shape[0] - 2)
+        to_end = starts[1:][request] - token
+        visible = torch.where(to_end > 0, metadata.seq_lens[request] - to_end + 1, 0).to(torch.int32)
+        capturing = torch.cuda.is_current_stream_capturing()
+        cache[id(metadata)] = QueryRows(
+            block_table=metadata.block_table,
+            request=request,
+            visible=visible,
+            max_visible=max_model_len if capturing else metadata.max_seq_len,
+            min_visible=0 if capturing else metadata.min_visible,
+        )
+    return cache[id(metadata)]
+
+
+def _scoring_is_skipped(forward_context, dense_mha_layer: str) -> bool:
+    """Stock's test for a step whose attention is dense (every context fits in top-k) and reads no selection."""
+    from vllm.config import CUDAGraphMode
+
+    if forward_context.cudagraph_runtime_mode == CUDAGraphMode.FULL or not dense_mha_layer:
+        return False
+    mla = forward_context.attn_metadata.get(dense_mha_layer)
+    return (
+        getattr(getattr(mla, "prefill", None), "use_dense_mha", False)
+        and getattr(mla, "num_decode_tokens", -1) == 0
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _extend_fused_indexer() -> None:
+    """CUDA: vLLM's fused DSA module, `vllm.models.deepseek_v32`."""
+    from vllm.forward_context import get_forward_context
+    from vllm.model_executor.layers.sparse_attn_indexer import PrefillRowShard
+    from vllm.models.deepseek_v32 import attention
+
+    attention.DeepseekV32Indexer.indexer_cache_cls = _make_index_cache_class()
+    stock = attention.sparse_attn_indexer
+
+    @functools.wraps(stock)
+    def sparse_attn_indexer(
+        hidden_states, k_cache_prefix, kv_cache, q_quant, q_scale, k, weights, *args, **kwargs
+    ):
+        forward_context = get_forward_context()
+        cache = forward_context.no_compile_layers[k_cache_prefix]
+        indexer = cache.indexer
+        if indexer is None or indexer.settings.policy == "dsa":
+            return stock(hidden_states, k_cache_prefix, kv_cache, q_quant, q_scale, k, weights, *args, **kwargs)
+        topk_indices_buffer, max_model_len = args[6], args[4]
+        if not isinstance(forward_context.attn_metadata, dict):
+            indexer.reserve(topk_indices_buffer.shape[0], max_model_len, hidden_states.device)
+            return topk_indices_buffer
+        metadata = forward_context.attn_metadata[k_cache_prefix]
+        # Keys were written before this call, so statistics come first, whatever else is skipped.
+        indexer.update_statistics(cache.index_cache, metadata.slot_mapping)
+        if _scoring_is_skipped(forward_context, kwargs["dense_mha_metadata_layer_name"]):
+            return topk_indices_buffer
+        rows = _query_rows(forward_context, metadata, max_model_len)
+
+        def select(start: int, stop: int) -> None:
+            part = slice(start, stop)
+            indexer.select(q_quant[part], weights[part], cache.index_cache, rows[part], topk_indices_buffer[part])
+
+        shard = PrefillRowShard.from_metadata(metadata.prefill, metadata.num_decode_tokens) if metadata.prefill else None
+        if shard is None:
+            select(0, len(rows))
+        else:
+            # each tensor-parallel rank selects its share of the prefill rows, then the ranks exchange them
+            if metadata.num_decode_tokens:
+                select(0, metadata.num_decode_tokens)
+            if shard.stop > shard.start:
+                select(shard.start, shard.stop)
+            shard.exchange_topk(topk_indices_buffer, indexer.settings.topk)
+        return topk_indices_buffer
+
+    # The only place the fused path looks scoring up. It runs inside an eager break of vLLM's graph capture
+    # already, so it needs no decorator of its own.
+    attention.sparse_attn_indexer = sparse_attn_indexer
 
 
 def _extend_generic_indexer() -> None:
@@ -229,7 +388,6 @@ def _extend_generic_indexer() -> None:
     from vllm.model_executor.layers.sparse_attn_indexer import SparseAttnIndexer
     from vllm.model_executor.models import deepseek_v2
 
-    from misa_vllm.indexer import Indexer
     from misa_vllm.reference import quantize_fp8
 
     # The model names this class directly; there is no attribute to override.
@@ -247,25 +405,22 @@ def _extend_generic_indexer() -> None:
     class MISASparseAttnIndexer(SparseAttnIndexer):
         """Scores and selects with the chosen policy; stands in for the class that models construct."""
 
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.misa = None if self.k_cache.settings is None else Indexer(self.k_cache.settings, "cpu")
-
         def forward_cpu(self, hidden_states, q_quant, k, weights):
-            if self.misa is None:
+            indexer = getattr(self.k_cache, "indexer", None)
+            if indexer is None:
                 return super().forward_cpu(hidden_states, q_quant, k, weights)
             metadata = get_forward_context().attn_metadata
             if isinstance(metadata, dict):  # absent while vLLM profiles memory
                 step = metadata[self.k_cache.prefix]
                 tokens = step.num_actual_tokens
                 index_cache = self.k_cache.index_cache
-                self.misa.write_keys(k[:tokens], index_cache, step.slot_mapping)
-                self.misa.select(
+                indexer.write_keys(k[:tokens], index_cache, step.slot_mapping)
+                indexer.update_statistics(index_cache, step.slot_mapping)
+                indexer.select(
                     q_quant[:tokens],
                     weights[:tokens].float(),
                     index_cache,
                     step.rows,
-                    step.slot_mapping,
                     self.topk_indices_buffer[:tokens],
                 )
             return self.topk_indices_buffer

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from misa_vllm.log import logger
 from misa_vllm.rows import QueryRows
 
 IMPLEMENTATIONS = {
@@ -23,7 +24,10 @@ IMPLEMENTATIONS = {
     "cpu": "misa_vllm.kernels.cpu",
     "reference": "misa_vllm.reference",
 }
-"""Name -> module, fastest first. Each but the reference has `why_unavailable(device) -> str | None`."""
+"""Name -> module. Each but the reference has `why_unavailable(device) -> str | None`."""
+
+FASTEST_FIRST = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+"""Device type -> names of the implementations that can run on it."""
 
 OVERRIDE_VARIABLE = "MISA_KERNELS"
 
@@ -109,24 +113,21 @@ def choose_kernels(device_type: str) -> Kernels:
     Raises:
         ValueError: MISA_KERNELS names an unknown implementation, or one that cannot run here.
     """
-    from misa_vllm.log import logger
-
-    device = torch.device(device_type)
+    names = FASTEST_FIRST[device_type]
     wanted = os.environ.get(OVERRIDE_VARIABLE)
-    if wanted is not None and wanted not in IMPLEMENTATIONS:
-        raise ValueError(f"{OVERRIDE_VARIABLE}={wanted}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"{OVERRIDE_VARIABLE}={wanted} does not run on {device_type}: choose {' or '.join(names)}")
     passed_over = []
-    for name, module_name in IMPLEMENTATIONS.items():
-        if wanted not in (None, name):
-            continue
-        reason = None if name == "reference" else importlib.import_module(module_name).why_unavailable(device)
-        if reason is None:
-            if name == "reference" and wanted is None:
-                logger.warning(
-                    "MISA runs its slow torch reference on %s: %s.", device_type, "; ".join(passed_over)
-                )
-            else:
-                logger.info("MISA indexer kernels on %s: %s.", device_type, name)
-            return importlib.import_module(module_name)
-        passed_over.append(f"{name} kernels: {reason}")
-    raise ValueError(f"{OVERRIDE_VARIABLE}={wanted} cannot run on {device_type}: {passed_over[-1]}")
+    for name in names if wanted is None else (wanted,):
+        module = importlib.import_module(IMPLEMENTATIONS[name])
+        problem = None if name == "reference" else module.why_unavailable(torch.device(device_type))
+        if problem is not None:
+            passed_over.append(f"{name} kernels: {problem}")
+        elif name == "reference" and wanted is None:
+            logger.warning("MISA runs its slow torch reference on %s. %s", device_type, "; ".join(passed_over))
+            return module
+        else:
+            note = f" ({'; '.join(passed_over)})" if passed_over else ""
+            logger.info("MISA indexer kernels on %s: %s%s.", device_type, name, note)
+            return module
+    raise ValueError(f"{OVERRIDE_VARIABLE}={wanted} cannot run: {passed_over[-1]}")

@@ -51,6 +51,15 @@ class Policy(ABC):
     def __init__(self, settings: IndexerSettings) -> None:
         self.settings = settings
 
+    @property
+    def widest_selection(self) -> int:
+        """The most tokens that one selection of this policy keeps per row."""
+        return self.settings.topk
+
+    def workspace_bytes(self, max_rows: int) -> int:
+        """Device memory that `select` holds for at most `max_rows` rows, besides what the kernels take."""
+        return 0
+
     @abstractmethod
     def select(self, step: IndexerStep, out: torch.Tensor) -> None:
         """Write every row's selected positions into out[:, :k], int32, -1 for none."""

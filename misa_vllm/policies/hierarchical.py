@@ -14,6 +14,13 @@ class HierarchicalMISA(Policy):
         """Rows that see no more than the candidates' number are exact DSA in one pass: nothing would be left out."""
         return max(self.settings.route_from, self.settings.candidates + 1)
 
+    @property
+    def widest_selection(self) -> int:
+        return self.settings.candidates
+
+    def workspace_bytes(self, max_rows: int) -> int:
+        return min(max_rows, ROWS_AT_ONCE) * self.settings.candidates * torch.int32.itemsize
+
     def select(self, step: IndexerStep, out: torch.Tensor) -> None:
         settings = self.settings
         step.select(None, settings.topk, out, visible_to=self.route_from)
