@@ -126,6 +126,7 @@ def model_config(size: TinySize, vocab: int) -> dict:
     config = {
         "architectures": [family.name],
         "model_type": family.model_type,
+        "random_weights": True,
         "dtype": "bfloat16",
         "vocab_size": vocab,
         "bos_token_id": SPECIAL_TOKENS.index(BOS),

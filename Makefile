@@ -1,0 +1,55 @@
+# One command from a fresh clone to a running server. `make help` lists what can be set.
+PYTHON ?= python3
+VENV   ?= .venv
+DEVICE ?= auto
+MODEL  ?= .models/tiny
+PORT   ?= 8000
+OPTIONS ?= {}
+ARGS   ?=
+TESTS  ?= tests
+
+# Memory for the KV cache on CPU, GiB; vLLM does not send usage statistics unless you set this to 0.
+export VLLM_CPU_KVCACHE_SPACE ?= 2
+export VLLM_NO_USAGE_STATS ?= 1
+
+BIN := $(abspath $(VENV))/bin
+# The small model has a tokenizer and chat template of its own, and positions for more than a laptop's memory.
+ifeq ($(MODEL),.models/tiny)
+MODEL_ARGS ?= --tokenizer-mode hf --max-model-len 32768
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install model serve demo test clean
+
+help:
+	@echo "make serve    install what is missing and serve a model with --attention-backend misa"
+	@echo "make demo     the same, ask about a long document, print speed and recall, stop the server"
+	@echo "make test     install what is missing and run the tests"
+	@echo "make clean    remove $(VENV), .models and build products"
+	@echo
+	@echo "MODEL=$(MODEL)  PORT=$(PORT)  DEVICE=auto|cpu|cuda  PYTHON=$(PYTHON)  VENV=$(VENV)"
+	@echo "OPTIONS='{\"policy\": \"hierarchical\"}'   MISA's options (README)"
+	@echo "ARGS='--max-num-seqs 8'                  more options of vllm serve"
+	@echo "TESTS='tests/test_policies.py'           what make test runs"
+
+install:
+	@$(PYTHON) misa_vllm/install.py $(VENV) --device $(DEVICE)
+
+model: install
+ifeq ($(MODEL),.models/tiny)
+	@test -f $(MODEL)/config.json || $(BIN)/python -m misa_vllm.models.tiny $(MODEL)
+endif
+
+serve: model
+	@PATH=$(BIN):$$PATH exec $(BIN)/vllm serve $(MODEL) --attention-backend misa --port $(PORT) $(MODEL_ARGS) \
+		--additional-config '{"misa": $(OPTIONS)}' $(ARGS)
+
+demo: model
+	@PATH=$(BIN):$$PATH exec $(BIN)/python -m misa_vllm.demo $(MODEL) --options '$(OPTIONS)' -- $(MODEL_ARGS) $(ARGS)
+
+test: install
+	@PATH=$(BIN):$$PATH exec $(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+clean:
+	rm -rf $(VENV) .models build
+	find misa_vllm -name '*.so' -delete

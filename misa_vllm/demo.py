@@ -1,0 +1,287 @@
+"""Serves a model with MISA, asks it about a long document and prints how fast and how faithful the selection was.
+
+    python -m misa_vllm.demo MODEL [--options '{"policy": "hierarchical"}'] [-- OPTIONS OF vllm serve]
+
+The recall is the share of exact DSA's tokens that MISA selected, taken by the engine itself on a sample of the
+request's queries (option `audit_every`).
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+DOCUMENT = Path(__file__).resolve().parent / "data" / "us_constitution.txt"
+QUESTION = "Which amendment lowered the voting age to eighteen years? Answer in one sentence."
+SERVED_NAME = "misa-demo"
+AUDIT_EVERY = 16
+START_TIMEOUT_S = 1800.0  # a large checkpoint takes minutes to load
+STOP_TIMEOUT_S = 20.0
+TAIL_LINES = 15
+PR_SET_PDEATHSIG = 1  # Linux: signal the child when its parent dies, so that even SIGKILL leaves no server behind
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the message says why."""
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def server_command(model: str, port: int, options: dict, arguments: list[str]) -> list[str]:
+    """The `vllm serve` command line; `options` are MISA's, `arguments` are passed on."""
+    audited = {"audit_every": AUDIT_EVERY, **options}
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model),
+        *("--attention-backend", "misa", "--host", "127.0.0.1", "--port", str(port)),
+        *("--served-model-name", SERVED_NAME, "--additional-config", json.dumps({"misa": audited})),
+        *arguments,
+    ]
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _tail(log: Path, lines: int) -> list[str]:
+    return [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-lines:]
+
+
+@contextmanager
+def running_server(command: list[str], port: int, log: Path):
+    """Run `command` until the block ends, however it ends; yields the base URL once the server answers.
+
+    Raises:
+        DemoError: the server stopped, or did not answer in time.
+    """
+    with open(log, "wb") as output:
+        # a session of its own: its workers can be ended with it, and Ctrl-C reaches the demo alone
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_healthy(server, url, log)
+        yield url
+    finally:
+        try:
+            server.terminate()
+            server.wait(timeout=STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # also on a second Ctrl-C: whatever of its workers is left
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def _wait_until_healthy(server: subprocess.Popen, url: str, log: Path) -> None:
+    live, start = sys.stdout.isatty(), time.monotonic()
+    shown = start
+    while True:
+        if server.poll() is not None:
+            tail = "\n".join(f"    | {line}" for line in _tail(log, TAIL_LINES))
+            raise DemoError(f"{tail}\nthe server stopped with status {server.returncode}; its log: {log}")
+        elapsed = time.monotonic() - start
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                print(("\r\033[K" if live else "") + f"Server up after {elapsed:.0f} s", flush=True)
+                return
+        except (urllib.error.URLError, OSError):
+            pass
+        if elapsed > START_TIMEOUT_S:
+            raise DemoError(f"the server did not answer within {START_TIMEOUT_S:.0f} s; its log: {log}")
+        if live:
+            last = (_tail(log, 1) or [""])[0]
+            line = f"Starting the server  {elapsed:.0f} s  {last}"
+            print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+        elif time.monotonic() - shown >= 10:
+            shown = time.monotonic()
+            print(f"Starting the server  {elapsed:.0f} s", flush=True)
+        time.sleep(0.5)
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What the engine says about its selection on `/metrics`."""
+
+    options: dict[str, str]
+    queries: dict[str, float]
+    """Queries per layer, by path: all (at most k tokens visible), exact, routed."""
+    audited: float
+    recall_sum: float
+
+    def since(self, before: "Counters") -> "Counters":
+        """The counts made after `before` was read."""
+        return Counters(
+            self.options,
+            {path: count - before.queries.get(path, 0) for path, count in self.queries.items()},
+            self.audited - before.audited,
+            self.recall_sum - before.recall_sum,
+        )
+
+    @property
+    def recall(self) -> float | None:
+        """Mean share of DSA's tokens that were selected; None if no query was compared."""
+        return self.recall_sum / self.audited if self.audited else None
+
+
+def parse_counters(exposition: str) -> Counters:
+    """Read MISA's metrics from Prometheus' text format.
+
+    Raises:
+        DemoError: there are none.
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    options, queries, totals = {}, {}, {}
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples:
+            if sample.name == "misa:config_info":
+                options = dict(sample.labels)
+            elif sample.name == "misa:queries_total":
+                queries[sample.labels["path"]] = sample.value
+            elif sample.name.startswith("misa:"):
+                totals[sample.name] = sample.value
+    if not options:
+        raise DemoError("the server exports no misa metrics: serve with --attention-backend misa")
+    audited = totals.get("misa:audited_queries_total", 0.0)
+    return Counters(options, queries, audited, totals.get("misa:audited_recall_sum_total", 0.0))
+
+
+def read_counters(url: str) -> Counters:
+    """MISA's metrics of the server at `url`."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
+        return parse_counters(response.read().decode("utf-8"))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One streamed answer and its timing, in seconds from the request."""
+
+    prompt_tokens: int
+    tokens: int
+    first_token_s: float
+    total_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed: tokens after the first over the time after the first."""
+        return (self.tokens - 1) / max(self.total_s - self.first_token_s, 1e-9)
+
+
+def ask(url: str, prompt: str, max_tokens: int) -> Answer:
+    """Send `prompt` as a chat message, print the answer while it streams."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=START_TIMEOUT_S)
+    start = time.monotonic()
+    stream = client.chat.completions.create(
+        model=SERVED_NAME,
+        messages=[{"role": "user", "content": prompt}],
+        max_tokens=max_tokens,
+        temperature=0.7,
+        seed=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    first, usage = None, None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        if chunk.choices and chunk.choices[0].delta.content:
+            first = first or time.monotonic() - start
+            print(chunk.choices[0].delta.content, end="", flush=True)
+    total = time.monotonic() - start
+    print(flush=True)
+    return Answer(usage.prompt_tokens, usage.completion_tokens, first or total, total)
+
+
+def report(answer: Answer, counted: Counters) -> str:
+    """The figures of one request, one a line."""
+    options, layer_queries = counted.options, sum(counted.queries.values())
+    routed = counted.queries.get("routed", 0.0) / layer_queries if layer_queries else 0.0
+    recall = counted.recall
+    return "\n".join(
+        [
+            f"prompt               {answer.prompt_tokens} tokens",
+            f"time to first token  {answer.first_token_s:.2f} s "
+            f"({answer.prompt_tokens / answer.first_token_s:.0f} prompt tokens/s)",
+            f"answer               {answer.tokens} tokens, {answer.tokens_per_s:.1f} tokens/s",
+            f"policy               {options['policy']}, pool block {options['pool_block']}",
+            f"heads used           {options['active_heads']} of {options['index_heads']} "
+            f"for {routed:.1%} of the queries, all heads for the others",
+            "recall against DSA   "
+            + (f"{recall:.1%} (mean of {counted.audited:.0f} sampled queries)" if recall is not None else "not sampled"),
+        ]
+    )
+
+
+def has_random_weights(folder: Path) -> bool:
+    """Whether `folder` holds a model of `misa_vllm.models.tiny`."""
+    config = folder / "config.json"
+    return config.exists() and json.loads(config.read_text(encoding="utf-8")).get("random_weights", False)
+
+
+def _options(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"policy": "misa"}}')
+    return value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(prog="python -m misa_vllm.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="a model's folder or name")
+    parser.add_argument("--options", type=_options, default={}, help="MISA's options, a JSON object")
+    parser.add_argument("--document", type=Path, default=DOCUMENT, help="a text file")
+    parser.add_argument("--question", default=QUESTION)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    options = parser.parse_args(arguments[:cut])
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the server is stopped
+    log = Path(tempfile.mkdtemp(prefix="misa-demo-")) / "server.log"
+    port = free_port()
+    try:
+        document = options.document.read_text(encoding="utf-8")
+        print(f"Serving {options.model} on port {port} (log: {log})", flush=True)
+        with running_server(server_command(options.model, port, options.options, arguments[cut + 1 :]), port, log) as url:
+            before = read_counters(url)
+            print(f"\nAsking about {options.document.name}: {options.question}\n", flush=True)
+            answer = ask(url, f"{document}\n\n{options.question}", options.max_tokens)
+            counted = read_counters(url).since(before)
+    except (DemoError, OSError) as error:
+        print(f"\n{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped, the server too", file=sys.stderr)
+        return 130
+    if has_random_weights(Path(options.model)):
+        print("\nThis model's weights are random: the words mean nothing, the figures below are measured.")
+    print("\n" + report(answer, counted))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
