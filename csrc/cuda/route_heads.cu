@@ -1,0 +1,559 @@
+// The router: S[t, j] = |w[t, j]| * sum over complete pool blocks b of relu(q[t, j] . kbar[b]), and its h best heads.
+//
+// Pool block means are rounded to fp16 after division by a power of two of their own, so that they keep 11 bits
+// whatever the keys' range; the queries are exact in fp16, products accumulate in fp32.
+//
+// Sums run in an order that depends on the block index alone: columns of a tile by thread, tiles ascending within a
+// segment (`segment_blocks`), the four lanes of a quad, then segments ascending. So a token gets the same heads from
+// both kernels here, in any batch and with any number of CTAs.
+#include <cooperative_groups.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <algorithm>
+
+#include "torch_op.h"
+
+namespace cg = cooperative_groups;
+
+namespace misa {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kTileBlocks = 64;      // pool blocks per shared-memory tile of the pooled kernel
+constexpr int kColumns = 8;          // pool blocks per mma
+constexpr int kSegmentTokens = 8192; // context that one CTA of the direct kernel sums at a time
+constexpr int kMeanRowBytes = kHeadDim * 2;
+constexpr int kPagesInFlight = 8;
+constexpr int64_t kMaxPooledBytes = 48 << 20;
+constexpr int kMaxSharedBytes = 227 * 1024;
+
+__host__ __device__ constexpr int round_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+__host__ __device__ inline int segment_blocks_of(int pool_block) {
+  return round_up((kSegmentTokens + pool_block - 1) / pool_block, kColumns);
+}
+
+// ---------------------------------------------------------------- pool block means
+
+/// The 16-byte chunk of a mean's row that holds a chunk of 8 values: rows are 256 bytes, so chunks are spread over
+/// the banks by the row's number.
+__device__ __forceinline__ int swizzled(int chunk, int row) { return chunk ^ (row & 7); }
+
+/// Write a pool block's mean as 128 fp16 and return its power-of-two scale. Lane l holds dimensions 4l .. 4l + 3.
+/// Dimension 32t + 4s + 2e + f is stored at 16s + 8e + 2t + f: the thread of quad lane t then needs dimensions
+/// 32t .. 32t + 31 of a query over the eight k-steps s, which are 32 consecutive bytes.
+__device__ __forceinline__ float store_mean(char* row_data, int row, float4 mean, int lane) {
+  float largest = fmaxf(fmaxf(fabsf(mean.x), fabsf(mean.y)), fmaxf(fabsf(mean.z), fabsf(mean.w)));
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+  }
+  const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 1u), 253u);
+  const float inverse = __uint_as_float((254u - exponent) << 23);
+  const __half2 low = __floats2half2_rn(mean.x * inverse, mean.y * inverse);
+  const __half2 high = __floats2half2_rn(mean.z * inverse, mean.w * inverse);
+  const int step = lane % 8, quad_lane = lane / 8;
+  *reinterpret_cast<__half2*>(row_data + swizzled(2 * step, row) * 16 + 4 * quad_lane) = low;
+  *reinterpret_cast<__half2*>(row_data + swizzled(2 * step + 1, row) * 16 + 4 * quad_lane) = high;
+  return __uint_as_float(exponent << 23);
+}
+
+/// A warp pools blocks [first, last) of a request: sink(block, mean) for each, ascending. The mean of a block adds
+/// its page means in order of position.
+template <typename Sink>
+__device__ __forceinline__ void pool_blocks(
+    const IndexCache& cache, const int32_t* pages, int first, int last, int pages_per_block, Sink sink) {
+  const int lane = threadIdx.x % 32;
+  const int end = last * pages_per_block;
+  const float divisor = static_cast<float>(pages_per_block);
+  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+  int in_block = 0, block = first;
+  for (int base = first * pages_per_block; base < end; base += 32) {
+    const int page_of_lane = base + lane < end ? pages[base + lane] : 0;
+    for (int offset = 0; offset < 32 && base + offset < end; offset += kPagesInFlight) {
+      float4 means[kPagesInFlight];
+#pragma unroll
+      for (int i = 0; i < kPagesInFlight; ++i) {
+        const int page = __shfl_sync(~0u, page_of_lane, offset + i);
+        if (base + offset + i < end) means[i] = reinterpret_cast<const float4*>(cache.mean(page))[lane];
+      }
+#pragma unroll
+      for (int i = 0; i < kPagesInFlight; ++i) {
+        if (base + offset + i < end) {
+          sum.x += means[i].x;
+          sum.y += means[i].y;
+          sum.z += means[i].z;
+          sum.w += means[i].w;
+          if (++in_block == pages_per_block) {
+            sink(block++, float4{sum.x / divisor, sum.y / divisor, sum.z / divisor, sum.w / divisor});
+            sum = {0.0f, 0.0f, 0.0f, 0.0f};
+            in_block = 0;
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- scores on the tensor cores
+
+/// A fragments of 16 heads of one query: 8 k-steps of m16n8k16.
+struct QueryFragment {
+  uint32_t regs[8][4];
+};
+
+__device__ __forceinline__ uint32_t fp8x2_to_half2(uint32_t pair) {
+  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
+  return static_cast<uint32_t>(raw.x) | static_cast<uint32_t>(raw.y) << 16;
+}
+
+__device__ __forceinline__ void load_query(
+    QueryFragment& fragment, const uint8_t* query, int64_t head_stride, int first_head, int heads) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int head = first_head + lane / 4 + 8 * half;
+    uint4 bytes[2] = {};
+    if (head < heads) {
+      const auto* source = reinterpret_cast<const uint4*>(query + head * head_stride + 32 * (lane % 4));
+      bytes[0] = source[0];
+      bytes[1] = source[1];
+    }
+#pragma unroll
+    for (int step = 0; step < 8; ++step) {
+      const uint4 quarter = bytes[step / 4];
+      const uint32_t word = step % 4 == 0 ? quarter.x : step % 4 == 1 ? quarter.y : step % 4 == 2 ? quarter.z : quarter.w;
+      fragment.regs[step][half] = fp8x2_to_half2(word & 0xffff);
+      fragment.regs[step][half + 2] = fp8x2_to_half2(word >> 16);
+    }
+  }
+}
+
+__device__ __forceinline__ void mma_fp16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// Adds relu(q . kbar) of 8 pool blocks (rows first .. first + 7 of the tile) to the sums of 16 * kFragments heads.
+/// Blocks from `blocks_left` on do not count.
+template <int kFragments>
+__device__ __forceinline__ void score_columns(
+    float (&sum)[kFragments][2], const QueryFragment (&query)[kFragments], const char* tile, const float* scales,
+    int first, int blocks_left) {
+  const int lane = threadIdx.x % 32;
+  uint32_t kbar[8][2];
+  const int row = first + lane % 8;
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) {
+    const int chunk = 4 * pair + lane / 8;
+    const auto address = static_cast<uint32_t>(
+        __cvta_generic_to_shared(tile + row * kMeanRowBytes + swizzled(chunk, row) * 16));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(kbar[2 * pair][0]), "=r"(kbar[2 * pair][1]), "=r"(kbar[2 * pair + 1][0]),
+                   "=r"(kbar[2 * pair + 1][1])
+                 : "r"(address));
+  }
+  const int column = 2 * (lane % 4);
+  const float2 scale = *reinterpret_cast<const float2*>(scales + first + column);
+  float d[kFragments][4] = {};
+#pragma unroll
+  for (int step = 0; step < 8; ++step) {
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) mma_fp16(d[f], query[f].regs[step], kbar[step][0], kbar[step][1]);
+  }
+  // a select, not a product with zero: what lies past the last complete block may be infinite
+  const bool counts[2] = {column < blocks_left, column + 1 < blocks_left};
+#pragma unroll
+  for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float left = fmaf(fmaxf(d[f][2 * half], 0.0f), scale.x, sum[f][half]);
+      sum[f][half] = counts[0] ? left : sum[f][half];
+      const float right = fmaf(fmaxf(d[f][2 * half + 1], 0.0f), scale.y, sum[f][half]);
+      sum[f][half] = counts[1] ? right : sum[f][half];
+    }
+  }
+}
+
+/// The sum of a segment over the four lanes of a quad, which each lane gets; restarts the lanes' sums.
+template <int kFragments>
+__device__ __forceinline__ void take_segment(float (&segment)[kFragments][2], float (&sum)[kFragments][2]) {
+#pragma unroll
+  for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float value = sum[f][half];
+      value += __shfl_xor_sync(~0u, value, 1);
+      value += __shfl_xor_sync(~0u, value, 2);
+      segment[f][half] = value;
+      sum[f][half] = 0.0f;
+    }
+  }
+}
+
+/// One warp writes the heads with the largest of scores[0 .. heads), ascending; of equal scores the lower head wins.
+__device__ __forceinline__ void write_top_heads(const float* scores, int heads, int active_heads, int32_t* out) {
+  const int lane = threadIdx.x % 32;
+  uint32_t key[2];
+  int rank[2] = {0, 0};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int head = lane + 32 * half;
+    key[half] = head < heads ? ordered_key(scores[head]) : 0u;
+  }
+  for (int other = 0; other < heads; ++other) {
+    const uint32_t rival = __shfl_sync(~0u, other < 32 ? key[0] : key[1], other % 32);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int head = lane + 32 * half;
+      rank[half] += rival > key[half] || (rival == key[half] && other < head);
+    }
+  }
+  int written = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int head = lane + 32 * half;
+    const bool chosen = head < heads && rank[half] < active_heads;
+    const uint32_t chosen_lanes = __ballot_sync(~0u, chosen);
+    if (chosen) out[written + __popc(chosen_lanes & ((1u << lane) - 1))] = head;
+    written += __popc(chosen_lanes);
+  }
+}
+
+// ---------------------------------------------------------------- many rows per request: pool first, then score
+
+struct RouteArguments {
+  const uint8_t* q;
+  int64_t q_row_stride, q_head_stride;
+  const float* gates;
+  int64_t gates_stride;
+  IndexCache cache;
+  Rows rows;
+  int heads, active_heads, pool_block, segment_blocks;
+  char* pooled;          // [R, max_blocks] rows of 128 fp16
+  float* pooled_scales;  // [R, max_blocks]
+  int max_blocks;
+  int32_t* out;
+};
+
+__global__ void __launch_bounds__(kThreads) pool_kernel(RouteArguments args, int blocks_per_warp) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  const int request = blockIdx.y;
+  int visible = 0;  // the most keys any row of this request sees: nothing past it may be read
+  for (int row = threadIdx.x; row < args.rows.count; row += kThreads) {
+    if (args.rows.request[row] == request) visible = max(visible, args.rows.visible[row]);
+  }
+  visible = __reduce_max_sync(~0u, visible);
+  __shared__ int warp_visible[kWarps];
+  if (threadIdx.x % 32 == 0) warp_visible[threadIdx.x / 32] = visible;
+  __syncthreads();
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) visible = max(visible, warp_visible[warp]);
+
+  const int blocks = min(visible / args.pool_block, args.max_blocks);
+  const int first = (blockIdx.x * kWarps + threadIdx.x / 32) * blocks_per_warp;
+  const int64_t row_base = static_cast<int64_t>(request) * args.max_blocks;
+  pool_blocks(
+      args.cache, args.rows.block_table + request * args.rows.table_stride, first,
+      min(first + blocks_per_warp, blocks), args.pool_block / kPageTokens, [&](int block, float4 mean) {
+        const float scale =
+            store_mean(args.pooled + (row_base + block) * kMeanRowBytes, block, mean, threadIdx.x % 32);
+        if (threadIdx.x % 32 == 0) args.pooled_scales[row_base + block] = scale;
+      });
+}
+
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global));
+}
+
+/// One warp per row; the CTA's rows share the tiles of pooled means of their request.
+template <int kFragments>
+__global__ void __launch_bounds__(kThreads, 1) route_pooled_kernel(const __grid_constant__ RouteArguments args) {
+  __shared__ __align__(128) char tiles[2][kTileBlocks * kMeanRowBytes];
+  __shared__ __align__(16) float scales[2][kTileBlocks];
+  __shared__ float scores[kWarps][kMaxHeads];
+  __shared__ int row_request[kWarps], row_blocks[kWarps];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row = blockIdx.x * kWarps + warp;
+  const bool exists = row < args.rows.count;
+
+  QueryFragment query[kFragments];
+#pragma unroll
+  for (int f = 0; f < kFragments; ++f) {
+    load_query(query[f], args.q + (exists ? row : 0) * args.q_row_stride, args.q_head_stride, 16 * f, args.heads);
+  }
+  const int blocks = exists ? args.rows.visible[row] / args.pool_block : 0;
+  if (lane == 0) {
+    row_blocks[warp] = blocks;
+    row_request[warp] = blocks > 0 ? args.rows.request[row] : -1;
+  }
+  __syncthreads();
+  asm volatile("griddepcontrol.wait;" ::: "memory");  // the pooled means are complete from here on
+
+  float total[kFragments][2] = {}, sum[kFragments][2] = {};
+  uint32_t done = 0;  // rows whose request has been scored
+  for (int leader = 0; leader < kWarps; ++leader) {
+    if (done >> leader & 1 || row_blocks[leader] == 0) continue;
+    const int request = row_request[leader];
+    int most_blocks = 0;
+    for (int other = leader; other < kWarps; ++other) {
+      if (row_request[other] == request) {
+        most_blocks = max(most_blocks, row_blocks[other]);
+        done |= 1u << other;
+      }
+    }
+    const int my_blocks = row_request[warp] == request ? blocks : 0;
+    const int64_t row_base = static_cast<int64_t>(request) * args.max_blocks;
+    const int tile_count = (most_blocks + kTileBlocks - 1) / kTileBlocks;
+    const auto fetch = [&](int tile) {
+      const int first = tile * kTileBlocks, stage = tile % 2;
+      const int count = min(kTileBlocks, most_blocks - first);
+      for (int chunk = threadIdx.x; chunk < count * (kMeanRowBytes / 16); chunk += kThreads) {
+        copy_async_16(tiles[stage] + chunk * 16, args.pooled + (row_base + first) * kMeanRowBytes + chunk * 16);
+      }
+      for (int i = threadIdx.x; i < count; i += kThreads) scales[stage][i] = args.pooled_scales[row_base + first + i];
+    };
+    fetch(0);
+    asm volatile("cp.async.commit_group;");
+    for (int tile = 0; tile < tile_count; ++tile) {
+      if (tile + 1 < tile_count) fetch(tile + 1);
+      asm volatile("cp.async.commit_group;");
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      __syncthreads();
+      const int first_block = tile * kTileBlocks;
+      for (int column = 0; column < kTileBlocks && first_block + column < my_blocks; column += kColumns) {
+        score_columns(sum, query, tiles[tile % 2], scales[tile % 2], column, my_blocks - first_block - column);
+        const int next = first_block + column + kColumns;
+        if (next % args.segment_blocks == 0 || next >= my_blocks) {
+          float segment[kFragments][2];
+          take_segment(segment, sum);
+#pragma unroll
+          for (int f = 0; f < kFragments; ++f) {
+            total[f][0] += segment[f][0];
+            total[f][1] += segment[f][1];
+          }
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+#pragma unroll
+  for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int head = 16 * f + 8 * half + lane / 4;
+      if (exists && lane % 4 == 0 && head < args.heads) {
+        scores[warp][head] = fabsf(args.gates[row * args.gates_stride + head]) * total[f][half];
+      }
+    }
+  }
+  __syncwarp();
+  if (exists) {
+    if (blocks == 0) {
+      // no score was summed, and gates of a padding row may be NaN
+      for (int i = lane; i < args.active_heads; i += 32) args.out[row * args.active_heads + i] = i;
+    } else {
+      write_top_heads(scores[warp], args.heads, args.active_heads, args.out + row * args.active_heads);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- few rows per request: one cluster per row
+
+template <int kFragments>
+__global__ void __launch_bounds__(kThreads) route_direct_kernel(const __grid_constant__ RouteArguments args) {
+  extern __shared__ __align__(128) char shared[];
+  const int segment_blocks = args.segment_blocks;
+  char* tile = shared;
+  auto* scales = reinterpret_cast<float*>(tile + segment_blocks * kMeanRowBytes);
+  float* partial = scales + segment_blocks;  // [segments, 16 * kFragments]; those of this CTA are filled
+  __shared__ float scores[kMaxHeads];
+  constexpr int kHeads = 16 * kFragments;
+
+  auto cluster = cg::this_cluster();
+  const int ranks = static_cast<int>(cluster.num_blocks()), rank = static_cast<int>(cluster.block_rank());
+  const int row = blockIdx.x / ranks;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int32_t* out = args.out + row * args.active_heads;
+  const int blocks = args.rows.visible[row] / args.pool_block;
+  if (blocks == 0) {
+    if (rank == 0 && threadIdx.x < args.active_heads) out[threadIdx.x] = threadIdx.x;
+    return;
+  }
+  const int segments = (blocks + segment_blocks - 1) / segment_blocks;
+  const int32_t* pages = args.rows.pages(row);
+
+  QueryFragment query[1];
+  const bool scores_heads = warp < kFragments;
+  if (scores_heads) {
+    load_query(query[0], args.q + row * args.q_row_stride, args.q_head_stride, 16 * warp, args.heads);
+  }
+  const int blocks_per_warp = segment_blocks / kWarps;
+  for (int segment = rank; segment < segments; segment += ranks) {
+    const int first = segment * segment_blocks;
+    const int count = min(segment_blocks, blocks - first);
+    const int mine = warp * blocks_per_warp;
+    pool_blocks(
+        args.cache, pages, first + mine, first + min(mine + blocks_per_warp, count), args.pool_block / kPageTokens,
+        [&](int block, float4 mean) {
+          const int index = block - first;
+          const float scale = store_mean(tile + index * kMeanRowBytes, index, mean, lane);
+          if (lane == 0) scales[index] = scale;
+        });
+    __syncthreads();
+    if (scores_heads) {
+      float sum[1][2] = {}, result[1][2];
+      for (int column = 0; column < count; column += kColumns) {
+        score_columns(sum, query, tile, scales, column, count - column);
+      }
+      take_segment(result, sum);
+      if (lane % 4 == 0) {
+        partial[segment * kHeads + 16 * warp + lane / 4] = result[0][0];
+        partial[segment * kHeads + 16 * warp + lane / 4 + 8] = result[0][1];
+      }
+    }
+    __syncthreads();
+  }
+  cluster.sync();
+  if (rank == 0) {
+    const int head = threadIdx.x;
+    if (head < args.heads) {
+      float total = 0.0f;
+      for (int segment = 0; segment < segments; ++segment) {
+        total += cluster.map_shared_rank(partial, segment % ranks)[segment * kHeads + head];
+      }
+      scores[head] = fabsf(args.gates[row * args.gates_stride + head]) * total;
+    }
+    __syncthreads();
+    if (warp == 0) write_top_heads(scores, args.heads, args.active_heads, out);
+  }
+  cluster.sync();  // a CTA's shared memory must outlive its readers
+}
+
+// ---------------------------------------------------------------- launch
+
+template <int kFragments>
+void launch_pooled(const RouteArguments& args, int requests, cudaStream_t stream) {
+  const int pages_per_block = args.pool_block / kPageTokens;
+  const int blocks_per_warp = std::max(1, kPagesInFlight / pages_per_block);
+  const dim3 grid((args.max_blocks + kWarps * blocks_per_warp - 1) / (kWarps * blocks_per_warp), requests);
+  if (grid.x > 0) pool_kernel<<<grid, kThreads, 0, stream>>>(args, blocks_per_warp);
+  check_cuda(cudaGetLastError(), "route_heads, pooling");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((args.rows.count + kWarps - 1) / kWarps);
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, route_pooled_kernel<kFragments>, args), "route_heads");
+}
+
+template <int kFragments>
+void launch_direct(const RouteArguments& args, cudaStream_t stream) {
+  const int segments = std::max(1, (args.max_blocks + args.segment_blocks - 1) / args.segment_blocks);
+  const int shared_bytes =
+      args.segment_blocks * (kMeanRowBytes + 4) + segments * 16 * kFragments * static_cast<int>(sizeof(float));
+  STD_TORCH_CHECK(
+      shared_bytes <= kMaxSharedBytes, "route_heads: contexts of ", args.max_blocks, " blocks of ", args.pool_block,
+      " tokens are too long for this kernel; choose a larger pool_block");
+  int ranks = 1;
+  while (ranks < 8 && 2 * ranks <= segments && ranks * args.rows.count < 4 * 132) ranks *= 2;
+  check_cuda(
+      cudaFuncSetAttribute(
+          route_direct_kernel<kFragments>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+      "route_heads");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(args.rows.count * ranks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = ranks;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, route_direct_kernel<kFragments>, args), "route_heads");
+}
+
+/// Bytes of `workspace` with which route_heads pools once for all rows; 0: it runs without.
+int64_t route_heads_workspace(int64_t row_count, int64_t requests, int64_t max_visible, int64_t pool_block) {
+  const int64_t blocks = max_visible / pool_block;
+  const int64_t bytes = requests * blocks * (kMeanRowBytes + static_cast<int64_t>(sizeof(float)));
+  return row_count < 8 * requests || row_count < 64 || bytes > kMaxPooledBytes ? 0 : bytes;
+}
+
+void route_heads(
+    Tensor q, Tensor gates, Tensor index_cache, Tensor block_table, Tensor request, Tensor visible,
+    int64_t max_visible, int64_t pool_block, Tensor workspace, Tensor out) {
+  RouteArguments args = {};
+  args.cache = index_cache_of(index_cache, true);
+  args.rows = rows_of(block_table, request, visible);
+  args.heads = check_queries(q, gates, args.rows);
+  check_tensor(out, "out", ScalarType::Int, 2);
+  STD_TORCH_CHECK(
+      out.size(0) == args.rows.count && out.is_contiguous() && out.size(1) >= 1 && out.size(1) <= args.heads,
+      "out must be contiguous [", args.rows.count, ", h] with h from 1 to ", args.heads);
+  STD_TORCH_CHECK(
+      pool_block >= kPageTokens && pool_block % kPageTokens == 0, "pool_block must be a multiple of ", kPageTokens,
+      ", it is ", pool_block);
+  if (args.rows.count == 0) return;
+  args.q = static_cast<const uint8_t*>(q.data_ptr());
+  args.q_row_stride = q.stride(0);
+  args.q_head_stride = q.stride(1);
+  args.gates = static_cast<const float*>(gates.data_ptr());
+  args.gates_stride = gates.stride(0);
+  args.active_heads = static_cast<int>(out.size(1));
+  args.pool_block = static_cast<int>(pool_block);
+  args.segment_blocks = segment_blocks_of(args.pool_block);
+  args.max_blocks = static_cast<int>(max_visible / pool_block);
+  args.out = static_cast<int32_t*>(out.data_ptr());
+
+  const cudaStream_t stream = current_stream(q);
+  const int requests = static_cast<int>(block_table.size(0));
+  const int64_t bytes = route_heads_workspace(args.rows.count, requests, max_visible, pool_block);
+  const bool pools = bytes > 0 && workspace.numel() >= bytes;
+  if (pools) {
+    args.pooled = static_cast<char*>(workspace.data_ptr());
+    args.pooled_scales = reinterpret_cast<float*>(
+        args.pooled + static_cast<int64_t>(requests) * args.max_blocks * kMeanRowBytes);
+  }
+  if (args.heads <= 16) {
+    pools ? launch_pooled<1>(args, requests, stream) : launch_direct<1>(args, stream);
+  } else if (args.heads <= 32) {
+    pools ? launch_pooled<2>(args, requests, stream) : launch_direct<2>(args, stream);
+  } else {
+    pools ? launch_pooled<4>(args, requests, stream) : launch_direct<4>(args, stream);
+  }
+}
+
+}  // namespace
+}  // namespace misa
+
+STABLE_TORCH_LIBRARY_FRAGMENT(misa_vllm, m) {
+  m.def("route_heads_workspace(int rows, int requests, int max_visible, int pool_block) -> int");
+  m.def(
+      "route_heads(Tensor q, Tensor gates, Tensor index_cache, Tensor block_table, Tensor request, Tensor visible, "
+      "int max_visible, int pool_block, Tensor(a!) workspace, Tensor(b!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(misa_vllm, CompositeExplicitAutograd, m) {
+  m.impl("route_heads_workspace", TORCH_BOX(&misa::route_heads_workspace));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(misa_vllm, CUDA, m) {
+  m.impl("route_heads", TORCH_BOX(&misa::route_heads));
+}
