@@ -9,6 +9,8 @@ CPU torch. A CPU build that is itself called `vllm` is used as found.
 Running it again is cheap: a stamp in the environment names what was installed, and only what changed is redone.
 """
 
+from __future__ import annotations  # an older Python must get as far as check_python
+
 import argparse
 import hashlib
 import importlib.util
@@ -28,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM_VERSION = "0.32.0"
-OLDEST_PYTHON = {"cpu": (3, 11), "cuda": (3, 10)}
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)  # what both builds of that version were made for
 # Multimodal inputs only: a text model never imports them.
 NOT_ON_CPU = {"torchvision", "torchaudio", "torchcodec"}
 STAMP = "misa-install.json"
@@ -100,14 +102,18 @@ def has_nvidia_gpu() -> bool:
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
 
 
-def check_python(device: str, version: tuple = sys.version_info[:2]) -> None:
-    """Raise InstallError if no build of the pinned vLLM exists for this Python."""
-    oldest = OLDEST_PYTHON[device]
-    if tuple(version) < oldest:
-        raise InstallError(
-            f"Python {version[0]}.{version[1]} is too old: run this with Python {oldest[0]}.{oldest[1]} or newer, "
-            f"for example `make serve PYTHON=python{oldest[0]}.{oldest[1]}`"
-        )
+def check_python(version: tuple = tuple(sys.version_info[:2])) -> None:
+    """Raise InstallError if the pinned vLLM was not made for this Python."""
+    for wrong, problem, limit in (
+        (version < OLDEST_PYTHON, "older", OLDEST_PYTHON),
+        (version > NEWEST_PYTHON, "newer", NEWEST_PYTHON),
+    ):
+        if wrong:
+            name = "{}.{}".format(*limit)
+            raise InstallError(
+                f"Python {version[0]}.{version[1]} is {problem} than vLLM {VLLM_VERSION} supports: "
+                f"use Python {name}, for example `make serve PYTHON=python{name}`"
+            )
 
 
 def wheel_requirements(wheel: Path) -> list:
@@ -252,7 +258,7 @@ def fingerprint(*paths: Path) -> str:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         for file in files:
             if file.exists():
-                digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
+                digest.update(str(file.relative_to(path.parent)).encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -260,19 +266,22 @@ def install(path: Path, device: str) -> None:
     """Fill the virtual environment at `path`; `device` is cpu or cuda. Does nothing if it is up to date."""
     interpreter = [platform.python_version(), device, str(path)]
     build = (ROOT / name for name in ("setup.py", "pyproject.toml", "csrc", "misa_vllm/__init__.py"))
+    compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", "nvcc")]  # a new one can build more
     wanted = {
         "engine": [fingerprint(Path(__file__).resolve()), *interpreter],
-        "project": [fingerprint(*build), str(ROOT), *interpreter],
+        "project": [fingerprint(*build), str(ROOT), *compilers, *interpreter],
     }
     stamp = path / STAMP
     try:
         have = json.loads(stamp.read_text(encoding="utf-8")) if (path / "bin" / "python").exists() else {}
     except (OSError, ValueError):
         have = {}
+    if not isinstance(have, dict):
+        have = {}
     if have == wanted:
         return
 
-    check_python(device)
+    check_python()
     print(f"Installing for {'an NVIDIA GPU' if device == 'cuda' else 'CPU'} into {path} (log: {path / LOG})", flush=True)
     path.mkdir(parents=True, exist_ok=True)
     environment = Environment(path, device, Progress(path / LOG))
