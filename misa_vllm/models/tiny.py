@@ -261,9 +261,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     for name, default in asdict(TinySize()).items():
         choices = tuple(ARCHITECTURES) if name == "architecture" else None
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default, choices=choices, help=f"default {default}"
-        )
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(default), default=default, choices=choices, help=f"default {default}")
     options = vars(parser.parse_args(arguments))
     folder = options.pop("folder")
     size = TinySize(**options)
