@@ -1,0 +1,3 @@
+#define MISA_SIMD simd_generic
+#define MISA_SIMD_NAME "generic"
+#include "simd_impl.h"
