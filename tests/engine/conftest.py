@@ -1,0 +1,116 @@
+"""Runs the real engine in this process on a small model with random weights, and records what was selected."""
+
+import gc
+import os
+import random
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+
+from misa_vllm.indexer import Indexer  # noqa: E402
+from misa_vllm.models import tiny  # noqa: E402
+
+TOPK = 64
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these tests run the CPU engine")
+
+
+def write_model(folder, **sizes):
+    """A model whose indexer selects few tokens, so that selection matters on short prompts."""
+    tiny.write_model(folder, tiny.TinySize(**{"topk": TOPK, "vocab": 600, **sizes}))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def deepseek_model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "deepseek")
+
+
+@pytest.fixture(scope="session")
+def glm_model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "glm", architecture="glm")
+
+
+class Engine:
+    """vLLM's offline engine under `misa`, with the selections of every layer recorded."""
+
+    def __init__(self, model: str, misa: dict, **options) -> None:
+        self.llm = LLM(
+            model,
+            attention_backend="misa",
+            additional_config={"misa": {"pool_block": 64, **misa}},
+            **{"max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 4096, "enforce_eager": True, **options},
+        )
+        self.layers: list[int] = []
+        self.selected: list[dict[int, set[int]]] = []
+        self._select = Indexer.select
+        engine = self
+
+        def record(indexer, q, gates, index_cache, rows, out):
+            engine._select(indexer, q, gates, index_cache, rows, out)
+            if id(indexer) not in engine.layers:
+                engine.layers.append(id(indexer))
+                engine.selected.append({})
+            layer = engine.selected[engine.layers.index(id(indexer))]
+            for visible, tokens in zip(rows.visible.tolist(), out.tolist(), strict=True):
+                layer[visible - 1] = {token for token in tokens if token >= 0}
+
+        Indexer.select = record
+
+    @property
+    def scheduler(self):
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def free_pages(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def set_chunk(self, tokens: int) -> None:
+        """Schedule at most `tokens` tokens a step from now on."""
+        self.scheduler.max_num_scheduled_tokens = tokens
+
+    def forget_prefixes(self) -> None:
+        assert self.llm.reset_prefix_cache()
+
+    def generate(self, prompts: list[list[int]], tokens: int = 8) -> list[list[int]]:
+        """Greedy continuations; `selected` then holds one {position: tokens} per layer (of the last prompt there)."""
+        for layer in self.selected:
+            layer.clear()
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True),
+            use_tqdm=False,
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def close(self) -> None:
+        Indexer.select = self._select
+        del self.llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def start_engine():
+    """Start engines of a module one after the other; the one before is closed."""
+    running: list[Engine] = []
+
+    def start(model: str, misa: dict | None = None, **options) -> Engine:
+        while running:
+            running.pop().close()
+        running.append(Engine(model, misa or {}, **options))
+        return running[-1]
+
+    yield start
+    while running:
+        running.pop().close()
+
+
+def random_prompt(length: int, seed: int = 0) -> list[int]:
+    """Token ids of an ordinary text length; special tokens are left out."""
+    rng = random.Random(seed)
+    return [rng.randrange(20, 500) for _ in range(length)]

@@ -1,0 +1,54 @@
+"""What the options mean, seen from generated tokens and selections."""
+
+import copy
+
+import pytest
+
+from tests.engine.conftest import TOPK, random_prompt
+
+PROMPT = random_prompt(900, seed=5)
+
+
+def run(start_engine, model, **misa):
+    engine = start_engine(model, misa)
+    tokens = engine.generate([PROMPT])
+    return tokens, copy.deepcopy(engine.selected)
+
+
+@pytest.fixture(scope="module", params=["deepseek_model", "glm_model"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def dsa(start_engine, model):
+    return run(start_engine, model, policy="dsa")
+
+
+def test_all_heads_is_dsa(start_engine, model, dsa):
+    heads = 32 if "glm" in model else 64
+    assert run(start_engine, model, policy="misa", active_heads=heads) == dsa
+
+
+def test_hierarchical_over_everything_is_dsa(start_engine, model, dsa):
+    assert run(start_engine, model, policy="hierarchical", active_heads=1, candidates=2048) == dsa
+
+
+def test_min_context_keeps_earlier_tokens_exact(start_engine, model, dsa):
+    _, selected = run(start_engine, model, policy="misa", active_heads=1, min_context=600)
+    # the first layer's input does not depend on what any layer selected
+    differing = [position for position in range(len(PROMPT)) if selected[0][position] != dsa[1][0][position]]
+    assert differing, "one head selects what all heads select: the model cannot tell policies apart"
+    assert min(differing) >= 599
+
+
+def test_routing_recovers_most_of_dsa(start_engine, model, dsa):
+    """More routed heads select more of what all heads select (first layer, past top-k)."""
+
+    def recall(active_heads):
+        _, selected = run(start_engine, model, policy="misa", active_heads=active_heads)
+        positions = range(TOPK, len(PROMPT))
+        return sum(len(selected[0][p] & dsa[1][0][p]) for p in positions) / (TOPK * len(positions))
+
+    few, many = recall(1), recall(16)
+    assert few < many < 1

@@ -1,0 +1,75 @@
+"""A token's selection depends on its prefix alone, however the engine came to compute it (design, invariant 1)."""
+
+import copy
+
+import pytest
+
+from tests.engine.conftest import TOPK, random_prompt
+
+PROMPT = 700  # several pages and pool blocks past top-k, and a partial page at the end
+
+
+@pytest.fixture(scope="module", params=["misa", "hierarchical"])
+def engine(request, start_engine, deepseek_model):
+    options = {"policy": request.param, "active_heads": 8}
+    if request.param == "hierarchical":
+        options["candidates"] = 2 * TOPK
+    return start_engine(deepseek_model, options)
+
+
+@pytest.fixture
+def whole(engine):
+    """Tokens and selections with the prompt prefilled in one step."""
+    engine.set_chunk(4096)
+    engine.forget_prefixes()
+    tokens = engine.generate([random_prompt(PROMPT)])
+    return tokens, copy.deepcopy(engine.selected)
+
+
+def test_routing_is_active_and_selects_topk(engine, whole):
+    for layer in whole[1]:
+        assert sorted(layer) == list(range(PROMPT + 7))
+        for position, tokens in layer.items():
+            assert len(tokens) == min(position + 1, TOPK)
+            assert max(tokens) <= position
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_chunked_prefill_equals_whole(engine, whole, chunk):
+    engine.forget_prefixes()
+    engine.set_chunk(chunk)
+    tokens = engine.generate([random_prompt(PROMPT)])
+    assert tokens == whole[0]
+    assert engine.selected == whole[1]
+
+
+def test_decode_equals_prefill(engine, whole):
+    continued = random_prompt(PROMPT) + whole[0][0]
+    engine.forget_prefixes()
+    engine.generate([continued], tokens=1)
+    for prefilled, decoded in zip(engine.selected, whole[1], strict=True):
+        for position in range(PROMPT, PROMPT + 7):
+            assert prefilled[position] == decoded[position]
+
+
+def test_prefix_hit_equals_whole(engine, whole):
+    prompt = random_prompt(PROMPT)
+    engine.forget_prefixes()
+    engine.generate([prompt[:500]], tokens=1)
+    tokens = engine.generate([prompt])
+    hit = min(engine.selected[0])
+    assert hit >= 448, "the shared prefix was computed again"
+    assert tokens == whole[0]
+    for layer, expected in zip(engine.selected, whole[1], strict=True):
+        assert layer == {position: expected[position] for position in layer}
+
+
+def test_batch_equals_alone(engine, whole):
+    prompts = [random_prompt(333, seed=1), random_prompt(65, seed=2), random_prompt(PROMPT)]
+    alone = []
+    for prompt in prompts:
+        engine.forget_prefixes()
+        alone += engine.generate([prompt])
+    engine.forget_prefixes()
+    engine.set_chunk(256)
+    assert engine.generate(prompts) == alone
