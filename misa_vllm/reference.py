@@ -72,7 +72,7 @@ def pool_page_means(page_means: torch.Tensor, pool_block: int) -> torch.Tensor:
     """kbar [blocks, D]: means of whole pool blocks, from the page means [pages, D]; a trailing part is dropped."""
     pages_per_block = pool_block // PAGE_TOKENS
     blocks = page_means.shape[0] // pages_per_block
-    return page_means[: blocks * pages_per_block].view(blocks, pages_per_block, -1).mean(dim=1)
+    return page_means[: blocks * pages_per_block].unflatten(0, (blocks, pages_per_block)).mean(dim=1)
 
 
 # ---------------------------------------------------------------- routing and scores
@@ -133,7 +133,7 @@ def dsa(q: torch.Tensor, gates: torch.Tensor, keys: torch.Tensor, visible: torch
 def route(q, gates, keys, visible, active_heads: int, pool_block: int) -> torch.Tensor:
     """MISA's router on dense keys: A(t) [M, h] int32. Block b counts once its last token is visible."""
     blocks = keys.shape[0] // pool_block
-    kbar = keys[: blocks * pool_block].view(blocks, pool_block, -1).mean(dim=1)
+    kbar = keys[: blocks * pool_block].unflatten(0, (blocks, pool_block)).mean(dim=1)
     return top_heads(router_scores(q, gates, kbar, visible // pool_block), active_heads)
 
 
