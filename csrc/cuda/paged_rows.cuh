@@ -35,11 +35,4 @@ struct Rows {
   __device__ const int32_t* pages(int row) const { return block_table + request[row] * table_stride; }
 };
 
-/// fp32 as uint32 of the same order. 0 is kept free for "no key": only a NaN of negative sign would map to it.
-__device__ __forceinline__ uint32_t ordered_key(float score) {
-  const uint32_t bits = __float_as_uint(score + 0.0f);  // -0 and +0 are equal scores
-  const uint32_t key = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
-  return key == 0 ? 1u : key;
-}
-
 }  // namespace misa

@@ -12,6 +12,8 @@
 
 #include <algorithm>
 
+#include "common/ptx.cuh"
+#include "common/select.cuh"
 #include "torch_op.h"
 
 namespace cg = cooperative_groups;
@@ -206,7 +208,7 @@ __device__ __forceinline__ void write_top_heads(const float* scores, int heads, 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int head = lane + 32 * half;
-    key[half] = head < heads ? ordered_key(scores[head]) : 0u;
+    key[half] = head < heads ? order_key(scores[head]) : 0u;
   }
   for (int other = 0; other < heads; ++other) {
     const uint32_t rival = __shfl_sync(~0u, other < 32 ? key[0] : key[1], other % 32);
@@ -244,7 +246,7 @@ struct RouteArguments {
 };
 
 __global__ void __launch_bounds__(kThreads) pool_kernel(RouteArguments args, int blocks_per_warp) {
-  asm volatile("griddepcontrol.launch_dependents;");
+  ptx::let_next_kernel_start();
   const int request = blockIdx.y;
   int visible = 0;  // the most keys any row of this request sees: nothing past it may be read
   for (int row = threadIdx.x; row < args.rows.count; row += kThreads) {
@@ -269,12 +271,6 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(RouteArguments args, int
       });
 }
 
-__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global));
-}
-
 /// One warp per row; the CTA's rows share the tiles of pooled means of their request.
 template <int kFragments>
 __global__ void __launch_bounds__(kThreads, 1) route_pooled_kernel(const __grid_constant__ RouteArguments args) {
@@ -297,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 1) route_pooled_kernel(const __grid_
     row_request[warp] = blocks > 0 ? args.rows.request[row] : -1;
   }
   __syncthreads();
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // the pooled means are complete from here on
+  ptx::wait_for_previous_kernel();  // the pooled means are complete from here on
 
   float total[kFragments][2] = {}, sum[kFragments][2] = {};
   uint32_t done = 0;  // rows whose request has been scored
@@ -318,16 +314,16 @@ __global__ void __launch_bounds__(kThreads, 1) route_pooled_kernel(const __grid_
       const int first = tile * kTileBlocks, stage = tile % 2;
       const int count = min(kTileBlocks, most_blocks - first);
       for (int chunk = threadIdx.x; chunk < count * (kMeanRowBytes / 16); chunk += kThreads) {
-        copy_async_16(tiles[stage] + chunk * 16, args.pooled + (row_base + first) * kMeanRowBytes + chunk * 16);
+        ptx::cp_async<16>(tiles[stage] + chunk * 16, args.pooled + (row_base + first) * kMeanRowBytes + chunk * 16);
       }
       for (int i = threadIdx.x; i < count; i += kThreads) scales[stage][i] = args.pooled_scales[row_base + first + i];
     };
     fetch(0);
-    asm volatile("cp.async.commit_group;");
+    ptx::cp_async_commit();
     for (int tile = 0; tile < tile_count; ++tile) {
       if (tile + 1 < tile_count) fetch(tile + 1);
-      asm volatile("cp.async.commit_group;");
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<1>();
       __syncthreads();
       const int first_block = tile * kTileBlocks;
       for (int column = 0; column < kTileBlocks && first_block + column < my_blocks; column += kColumns) {

@@ -1,0 +1,144 @@
+// Scores of a tile of 64 keys for one query by FP8 wgmma, keys as the rows and heads as the columns.
+//
+// The score of a key is (((w0 r0) + w1 r1) + ...) * scale with r = relu(q . key), heads ascending and one fma each,
+// whatever kernel computes it: a (query, key) pair has the same bits in prefill and decode.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "paged_rows.cuh"
+
+namespace misa {
+
+/// D[64, kColumns] (+)= A[64, 32] B[kColumns, 32]^T, e4m3 from shared memory, fp32 accumulators laid out as those of
+/// ptx::wgmma_m64n128k32.
+template <int kColumns>
+__device__ __forceinline__ void wgmma_k32(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(kColumns == 16 || kColumns == 32 || kColumns == 64);
+  if constexpr (kColumns == 16) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, %8, %9, p, 1, 1;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  } else if constexpr (kColumns == 32) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, %16, %17, p, 1, 1;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  } else if constexpr (kColumns == 64) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, %32, %33, p, 1, 1;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
+          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
+          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
+          "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  }
+}
+
+/// How the heads of one query lie in the columns of the product.
+///
+/// Lane c of a quad holds columns {8i + 2c, 8i + 2c + 1}. With up to 8 heads ("private") all of them lie in the
+/// columns of lane 0, so the head sum needs no other lane; the other lanes' columns are zero and cost nothing, as the
+/// tensor core is bound by reading the keys. With more heads lane c holds heads [c, c + 1) * kHeadsPerLane and the sum
+/// is handed from lane to lane.
+template <int kHeads>
+struct HeadLayout {
+  static_assert(kHeads == 8 || kHeads == 16 || kHeads == 32 || kHeads == 64);
+  static constexpr bool kPrivate = kHeads == 8;
+  static constexpr int kColumns = kPrivate ? 32 : kHeads;
+  static constexpr int kHeadsPerLane = kColumns / 4;
+  static constexpr int kResultLane = kPrivate ? 0 : 3;
+  static constexpr int kQueryBytes = kColumns * kHeadDim;
+
+  /// The head in a column, or -1.
+  __device__ static int head_of(int column) {
+    const int quad_lane = column % 8 / 2;
+    const int head = 2 * (column / 8) + column % 2;
+    return kPrivate ? (quad_lane == 0 ? head : -1) : quad_lane * kHeadsPerLane + head;
+  }
+};
+
+/// All threads of a block fill the B operand (1024-byte aligned, kQueryBytes) with a row's queries. `heads`: the `count`
+/// heads to use, null: heads 0 .. count - 1. A block barrier must follow.
+template <int kHeads>
+__device__ __forceinline__ void store_query(
+    char* operand, const uint8_t* query, int64_t head_stride, const int32_t* heads, int count) {
+  using Layout = HeadLayout<kHeads>;
+  constexpr int kChunks = kHeadDim / 16;
+  for (int i = threadIdx.x; i < Layout::kColumns * kChunks; i += blockDim.x) {
+    const int column = i / kChunks, chunk = i % kChunks;
+    const int index = Layout::head_of(column);
+    uint4 bytes = {0, 0, 0, 0};
+    if (index >= 0 && index < count) {
+      const int head = heads == nullptr ? index : heads[index];
+      bytes = reinterpret_cast<const uint4*>(query + head * head_stride)[chunk];
+    }
+    *reinterpret_cast<uint4*>(operand + column * kHeadDim + (chunk ^ (column & 7)) * 16) = bytes;
+  }
+  ptx::fence_proxy_async();
+}
+
+/// The gates of this lane's columns, zero where there is no head.
+template <int kHeads>
+__device__ __forceinline__ void load_gates(
+    float (&gate)[HeadLayout<kHeads>::kHeadsPerLane], const float* gates, const int32_t* heads, int count) {
+  using Layout = HeadLayout<kHeads>;
+  const int quad_lane = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < Layout::kHeadsPerLane; ++i) {
+    const int index = Layout::head_of(8 * (i / 2) + 2 * quad_lane + i % 2);
+    gate[i] = index >= 0 && index < count ? gates[heads == nullptr ? index : heads[index]] : 0.0f;
+  }
+}
+
+/// A warpgroup starts the product of a tile of 64 keys (1024-byte aligned, 128-byte swizzle) and the query operand.
+template <int kHeads>
+__device__ __forceinline__ void start_tile(
+    float (&d)[HeadLayout<kHeads>::kColumns / 2], const char* keys, const char* operand) {
+  const uint64_t a = ptx::swizzled_descriptor(keys), b = ptx::swizzled_descriptor(operand);
+  ptx::pin_registers(d);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 32; ++step) {
+    wgmma_k32<HeadLayout<kHeads>::kColumns>(d, a + 2 * step, b + 2 * step, step > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+/// Head sums of the two keys of this thread (rows lane / 4 and lane / 4 + 8 of its warp's 16); valid in lane
+/// kResultLane of each quad.
+template <int kHeads>
+__device__ __forceinline__ void sum_heads(
+    float (&sum)[2], const float (&d)[HeadLayout<kHeads>::kColumns / 2],
+    const float (&gate)[HeadLayout<kHeads>::kHeadsPerLane]) {
+  using Layout = HeadLayout<kHeads>;
+  sum[0] = sum[1] = 0.0f;
+  constexpr int kPhases = Layout::kPrivate ? 1 : 4;
+#pragma unroll
+  for (int phase = 0; phase < kPhases; ++phase) {
+    if (phase > 0) {
+      const int previous = (threadIdx.x % 32 & ~3) | (phase - 1);
+      sum[0] = __shfl_sync(~0u, sum[0], previous);
+      sum[1] = __shfl_sync(~0u, sum[1], previous);
+    }
+#pragma unroll
+    for (int i = 0; i < Layout::kHeadsPerLane; ++i) {
+      sum[0] = fmaf(gate[i], fmaxf(d[4 * (i / 2) + i % 2], 0.0f), sum[0]);
+      sum[1] = fmaf(gate[i], fmaxf(d[4 * (i / 2) + 2 + i % 2], 0.0f), sum[1]);
+    }
+  }
+}
+
+}  // namespace misa
