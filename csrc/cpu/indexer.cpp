@@ -16,6 +16,9 @@ constexpr int kMaxHeads = 256;
 // rows would share the widened keys.
 constexpr int64_t kScoreBytes = 8 << 20, kMaxScoreBytes = 64 << 20, kRowsSharingKeys = 16;
 
+// From this many rows on, keys are widened a chunk at a time.
+constexpr int64_t kRowsSharingChunk = 4;
+
 const uint8_t kZeroKey[kDim] = {};
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -45,16 +48,17 @@ struct ScoringHeads {
   }
 };
 
+int panels_of(int64_t keys) { return (int)((keys + simd().panel_keys - 1) / simd().panel_keys); }
+
 // Keys of up to one chunk, widened for the inner loops.
 struct KeyChunk {
   Buffer<float> panels{(int64_t)kChunkKeys * kDim}, scales{kChunkKeys};
-  int panel_count = 0;
 
   // key_of(i) -> {page, offset in the page} of the chunk's key i < count.
   template <class KeyOf>
   void load(int count, const KeyOf& key_of) {
     const uint8_t* keys[kChunkKeys];
-    panel_count = (count + simd().panel_keys - 1) / simd().panel_keys;
+    const int panel_count = panels_of(count);
     for (int i = 0; i < panel_count * simd().panel_keys; ++i) {
       keys[i] = kZeroKey;
       scales[i] = 0.0f;
@@ -136,17 +140,22 @@ void select_tokens(const Tensor& q, const Tensor& gates, const std::optional<Ten
     parallel_items((int64_t)group_of_item.size(), [] { return KeyChunk(); }, [&](int64_t item, KeyChunk& chunk) {
       const Group& group = groups[group_of_item[item]];
       const int64_t first = (item - group.first_item) * kChunkKeys;
-      chunk.load((int)std::min<int64_t>(kChunkKeys, group.tokens - first), [&](int i) {
-        const int64_t token = first + i;
-        return std::make_pair(cache[group.pages[token / kPageTokens]], token % kPageTokens);
-      });
-      for (int64_t i = group.first; i < group.last; ++i) {
-        const int64_t left = rows.visible[members[begin + i]] - first;
-        if (left <= 0) continue;
-        const int panels = (int)std::min<int64_t>(chunk.panel_count, (left + simd().panel_keys - 1) / simd().panel_keys);
-        simd().score_keys(scoring.q.get() + i * scoring.heads * kDim, scoring.gates.get() + i * scoring.heads,
-                          scoring.heads, chunk.panels.get(), chunk.scales.get(), panels,
-                          scores.get() + score_offset[i] + first);
+      // Few rows read a widened key once or twice: then each panel is scored while it is in the first-level cache.
+      const int64_t tile = group.last - group.first < kRowsSharingChunk ? simd().panel_keys : kChunkKeys;
+      const int64_t last = std::min<int64_t>(first + kChunkKeys, group.tokens);
+      for (int64_t start = first; start < last; start += tile) {
+        const int64_t loaded = std::min(tile, last - start);
+        chunk.load((int)loaded, [&](int i) {
+          const int64_t token = start + i;
+          return std::make_pair(cache[group.pages[token / kPageTokens]], token % kPageTokens);
+        });
+        for (int64_t i = group.first; i < group.last; ++i) {
+          const int64_t needed = std::min<int64_t>(loaded, rows.visible[members[begin + i]] - start);
+          if (needed <= 0) continue;
+          simd().score_keys(scoring.q.get() + i * scoring.heads * kDim, scoring.gates.get() + i * scoring.heads,
+                            scoring.heads, chunk.panels.get(), chunk.scales.get(), panels_of(needed),
+                            scores.get() + score_offset[i] + start);
+        }
       }
     });
     int64_t widest = 0;
@@ -201,12 +210,13 @@ void rerank_tokens(const Tensor& q, const Tensor& gates, const Tensor& candidate
       const int64_t i = item / chunks, first = item % chunks * kChunkKeys;
       const int64_t left = (int64_t)tokens[i].size() - first;
       if (left <= 0 || (int64_t)tokens[i].size() <= k) return;
-      chunk.load((int)std::min<int64_t>(kChunkKeys, left), [&](int c) {
+      const int needed = (int)std::min<int64_t>(kChunkKeys, left);
+      chunk.load(needed, [&](int c) {
         const int32_t token = tokens[i][first + c];
         return std::make_pair(cache[pages[i][token / kPageTokens]], (int64_t)(token % kPageTokens));
       });
       simd().score_keys(scoring.q.get() + i * scoring.heads * kDim, scoring.gates.get() + i * scoring.heads,
-                        scoring.heads, chunk.panels.get(), chunk.scales.get(), chunk.panel_count,
+                        scoring.heads, chunk.panels.get(), chunk.scales.get(), panels_of(needed),
                         scores.get() + i * width + first);
     });
     parallel_items(count, [&] { return Selection{Buffer<int32_t>(candidate.columns), Buffer<int32_t>(k)}; },
@@ -295,18 +305,16 @@ void route_heads(const Tensor& q, const Tensor& gates, const Tensor& index_cache
       const Group& group = groups[group_of_panel[item]];
       const int64_t pages_per_block = pool_block / kPageTokens;
       const int64_t blocks = (int64_t)group.pages.size() / pages_per_block;
-      std::vector<const float*> means(pages_per_block);
-      float* panel = panels.get() + item * panel_floats;
-      for (int i = 0; i < panel_keys; ++i) {
-        float mean[kDim] = {};
-        const int64_t block = (item - group.first_panel) * panel_keys + i;
-        if (block < blocks) {
-          for (int64_t p = 0; p < pages_per_block; ++p)
-            means[p] = (const float*)(cache[group.pages[block * pages_per_block + p]] + kMeanOffset);
-          simd().mean_vectors(means.data(), (int)pages_per_block, mean);
-        }
-        for (int d = 0; d < kDim; ++d) panel[d * panel_keys + i] = mean[d];
-      }
+      const int64_t first = (item - group.first_panel) * panel_keys;
+      const int64_t count = std::min<int64_t>(panel_keys, blocks - first);
+      std::vector<const float*> means(count * pages_per_block);
+      for (size_t p = 0; p < means.size(); ++p)
+        means[p] = (const float*)(cache[group.pages[first * pages_per_block + p]] + kMeanOffset);
+      float vectors[kMaxPanelKeys * kDim];
+      for (int64_t i = 0; i < count; ++i)
+        simd().mean_vectors(&means[i * pages_per_block], (int)pages_per_block, vectors + i * kDim);
+      std::fill(vectors + count * kDim, vectors + panel_keys * kDim, 0.0f);
+      simd().transpose_vectors(vectors, panels.get() + item * panel_floats);
     });
 
     constexpr int kHeadsPerItem = 16;

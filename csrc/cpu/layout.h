@@ -19,5 +19,6 @@ constexpr int kAttentionTile = 24;
 
 // Rows of fp32 vectors are padded to the widest vector.
 constexpr int kMaxLanes = 16;
+constexpr int kMaxPanelKeys = 3 * kMaxLanes;
 
 }  // namespace misa

@@ -25,6 +25,9 @@ struct Simd {
   // mean [kDim] of `count` vectors.
   void (*mean_vectors)(const float* const* vectors, int count, float* mean);
 
+  // Transposes panel_keys vectors [panel_keys][kDim] of fp32 into one panel.
+  void (*transpose_vectors)(const float* vectors, float* panel);
+
   // Transposes panel_count * panel_keys keys into panels; a key is multiplied by 2^-8 (kKeyExponent).
   void (*load_keys)(const uint8_t* const* keys, int panel_count, float* panels);
 

@@ -114,6 +114,28 @@ void load_keys(const uint8_t* const* keys, int panel_count, float* panels) {
   }
 }
 
+void transpose_vectors(const float* vectors, float* panel) {
+  for (int i = 0; i < kPanelKeys; i += 8)
+    for (int dim = 0; dim < kDim; dim += 8) {
+      __m256 r[8], t[8];
+      for (int j = 0; j < 8; ++j) r[j] = _mm256_loadu_ps(vectors + (i + j) * kDim + dim);
+      for (int j = 0; j < 4; ++j) {
+        t[2 * j] = _mm256_unpacklo_ps(r[2 * j], r[2 * j + 1]);
+        t[2 * j + 1] = _mm256_unpackhi_ps(r[2 * j], r[2 * j + 1]);
+      }
+      for (int j = 0; j < 2; ++j) {
+        r[4 * j] = _mm256_shuffle_ps(t[4 * j], t[4 * j + 2], 0x44);
+        r[4 * j + 1] = _mm256_shuffle_ps(t[4 * j], t[4 * j + 2], 0xEE);
+        r[4 * j + 2] = _mm256_shuffle_ps(t[4 * j + 1], t[4 * j + 3], 0x44);
+        r[4 * j + 3] = _mm256_shuffle_ps(t[4 * j + 1], t[4 * j + 3], 0xEE);
+      }
+      for (int j = 0; j < 4; ++j) {
+        _mm256_storeu_ps(panel + (dim + j) * kPanelKeys + i, _mm256_permute2f128_ps(r[j], r[j + 4], 0x20));
+        _mm256_storeu_ps(panel + (dim + j + 4) * kPanelKeys + i, _mm256_permute2f128_ps(r[j], r[j + 4], 0x31));
+      }
+    }
+}
+
 void mean_keys(const uint8_t* keys, const float* scales, int count, float* mean) {
   __m256 total[kDim / 8];
   for (int i = 0; i < kDim / 8; ++i) total[i] = _mm256_setzero_ps();
@@ -155,6 +177,11 @@ void load_keys(const uint8_t* const* keys, int panel_count, float* panels) {
     float* column = panels + (int64_t)(i / kPanelKeys) * kDim * kPanelKeys + i % kPanelKeys;
     for (int d = 0; d < kDim; ++d) column[d * kPanelKeys] = fp8_table.value[keys[i][d]] / kKeyRescale;
   }
+}
+
+void transpose_vectors(const float* vectors, float* panel) {
+  for (int i = 0; i < kPanelKeys; ++i)
+    for (int d = 0; d < kDim; ++d) panel[d * kPanelKeys + i] = vectors[i * kDim + d];
 }
 
 void mean_keys(const uint8_t* keys, const float* scales, int count, float* mean) {
@@ -391,12 +418,46 @@ inline void find_threshold(const int32_t* values, int n, int k, int32_t least, i
   }
 }
 
+// Copies the values above the threshold, in order. Returns how many.
+inline int copy_above(const int32_t* values, int n, int32_t threshold, int32_t* to) {
+  int count = 0, i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (uint32_t above = above_mask(values + i, threshold); above; above &= above - 1)
+      to[count++] = values[i + __builtin_ctz(above)];
+  for (; i < n; ++i)
+    if (values[i] > threshold) to[count++] = values[i];
+  return count;
+}
+
+// The k largest of values[0 .. n) are looked for among those above a bound that a sample suggests. A bound that
+// leaves fewer than k costs time only: then all values are searched.
+inline void find_threshold_by_sample(const int32_t* values, int n, int k, int32_t least, int32_t greatest,
+                                     int32_t* scratch, int32_t& threshold, int& ties) {
+  constexpr int kSample = 1024;
+  if (n >= 8 * kSample) {
+    const int step = n / kSample;
+    const float expected = (float)k / (float)step;
+    const int rank = (int)(expected + 4.0f * sqrtf(expected)) + 4;  // four standard deviations of luck
+    if (rank < kSample) {
+      for (int i = 0; i < kSample; ++i) scratch[i] = values[(int64_t)i * step];
+      int32_t bound;
+      int ignored;
+      find_threshold(scratch, kSample, rank, least, greatest, scratch, bound, ignored);
+      if (bound > least) {
+        const int count = copy_above(values, n, bound - 1, scratch);
+        if (count > k) return find_threshold(scratch, count, k, bound, greatest, scratch, threshold, ties);
+      }
+    }
+  }
+  find_threshold(values, n, k, least, greatest, scratch, threshold, ties);
+}
+
 void select_largest(float* scores, int n, int k, int32_t* scratch, int32_t* positions) {
   int32_t least, greatest, threshold;
   int ties;
   order_in_place(scores, n, least, greatest);
   const int32_t* order = (const int32_t*)scores;
-  find_threshold(order, n, k, least, greatest, scratch, threshold, ties);
+  find_threshold_by_sample(order, n, k, least, greatest, scratch, threshold, ties);
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     uint32_t chosen = above_mask(order + i, threshold);
@@ -534,8 +595,8 @@ void attend(const float* q, int heads, const float* kv, int count, int stride, i
 
 extern const Simd MISA_SIMD;
 const Simd MISA_SIMD = {
-    MISA_SIMD_NAME, kPanelKeys, widen_fp8,  quantize_key,   mean_keys,  mean_vectors, load_keys,
-    score_keys,     sum_relu,   select_largest, widen_bf16, narrow_bf16, attend,
+    MISA_SIMD_NAME, kPanelKeys, widen_fp8,  quantize_key,   mean_keys,  mean_vectors, transpose_vectors,
+    load_keys,      score_keys, sum_relu,   select_largest, widen_bf16, narrow_bf16,  attend,
 };
 
 }  // namespace misa
