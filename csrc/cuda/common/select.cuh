@@ -1,0 +1,132 @@
+// Exact selection by one block: the k largest of many distinct values, without sorting them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace misa {
+
+// Order-preserving image of a float: a < b iff key(a) < key(b); -0 equals +0 and every NaN is above +inf, as
+// torch.sort has it.
+__device__ __forceinline__ uint32_t order_key(float value) {
+  if (isnan(value)) return 0xFFFFFFFFu;
+  const uint32_t bits = __float_as_uint(value + 0.0f);
+  return bits ^ ((bits >> 31) ? 0xFFFFFFFFu : 0x80000000u);
+}
+
+__device__ __forceinline__ float float_of_order_key(uint32_t key) {
+  return __uint_as_float(key ^ ((key >> 31) ? 0x80000000u : 0xFFFFFFFFu));
+}
+
+// A (score, position) pair as one number: a larger score first, of equal scores the lower position. Distinct
+// positions make distinct numbers, which is what lets `kth_largest` be exact for any scores.
+__device__ __forceinline__ uint64_t rank_value(float score, uint32_t position) {
+  return (static_cast<uint64_t>(order_key(score)) << 32) | (0xFFFFFFFFu - position);
+}
+
+__device__ __forceinline__ uint32_t position_of(uint64_t rank_value) {
+  return 0xFFFFFFFFu - static_cast<uint32_t>(rank_value);
+}
+
+constexpr int kSelectBinsLog2 = 11;
+constexpr int kSelectBins = 1 << kSelectBinsLog2;
+
+struct SelectScratch {
+  uint32_t bins[kSelectBins];
+  uint32_t warp_sums[32];
+  uint32_t chosen_bin;
+  uint32_t above;
+  uint32_t inside;
+};
+
+// A barrier of the block's first kThreads threads; the rest of the block takes no part in a selection.
+template <int kThreads>
+__device__ __forceinline__ void select_sync() {
+  asm volatile("bar.sync 7, %0;" ::"n"(kThreads) : "memory");
+}
+
+// Exclusive sum over the block's first kThreads threads, which all call it. `total` gets the sum of all.
+template <int kThreads>
+__device__ __forceinline__ uint32_t block_exclusive_sum(uint32_t value, uint32_t* warp_sums, uint32_t& total) {
+  constexpr int kWarps = kThreads / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint32_t inclusive = value;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, inclusive, offset);
+    if (lane >= offset) inclusive += other;
+  }
+  if (lane == 31) warp_sums[warp] = inclusive;
+  select_sync<kThreads>();
+  const uint32_t sum = lane < kWarps ? warp_sums[lane] : 0;
+  uint32_t before = __reduce_add_sync(0xFFFFFFFFu, lane < warp ? sum : 0);
+  total = __reduce_add_sync(0xFFFFFFFFu, sum);
+  select_sync<kThreads>();
+  return before + inclusive - value;
+}
+
+// The bounds of the values that decide a selection.
+struct Cut {
+  uint64_t low;  // every value >= low is selected, once the search has ended
+  uint64_t span;  // the search goes on inside [low, low + span]
+  uint32_t need;  // how many of the values in there are selected
+  bool done;
+};
+
+// One step of a search from the top by 2^11 bins over [low, low + span]: narrows the cut to the bin that holds the
+// `need`-th largest value. for_each(visit) calls visit(value) for this thread's share of the values; the range holds
+// at least `need` values. The block's first kThreads threads take part.
+template <int kThreads, typename ForEach>
+__device__ __forceinline__ Cut narrow_cut(Cut cut, ForEach&& for_each, SelectScratch& scratch) {
+  static_assert(kThreads % 32 == 0);
+  constexpr int kScanThreads = 256;
+  constexpr int kBinsPerThread = kSelectBins / kScanThreads;
+  const int span_bits = cut.span == 0 ? 1 : 64 - __clzll(static_cast<long long>(cut.span));
+  const int shift = max(0, span_bits - kSelectBinsLog2);
+  for (int bin = threadIdx.x; bin < kSelectBins; bin += kThreads) scratch.bins[bin] = 0;
+  select_sync<kThreads>();
+  for_each([&](uint64_t value) {
+    const uint64_t offset = value - cut.low;
+    if (value >= cut.low && offset <= cut.span) atomicAdd(&scratch.bins[offset >> shift], 1u);
+  });
+  select_sync<kThreads>();
+  uint32_t counts[kBinsPerThread], sum = 0;
+  const int top = kSelectBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;
+  if (threadIdx.x < kScanThreads) {
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) sum += counts[i] = scratch.bins[top - i];
+  }
+  uint32_t total;
+  uint32_t above = block_exclusive_sum<kThreads>(sum, scratch.warp_sums, total);
+  if (threadIdx.x < kScanThreads && above < cut.need && above + sum >= cut.need) {
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) {
+      if (above < cut.need && above + counts[i] >= cut.need) {
+        scratch.chosen_bin = top - i;
+        scratch.above = above;
+        scratch.inside = counts[i];
+      }
+      above += counts[i];
+    }
+  }
+  select_sync<kThreads>();
+  cut.low += static_cast<uint64_t>(scratch.chosen_bin) << shift;
+  cut.span = (1ull << shift) - 1;
+  cut.need -= scratch.above;
+  cut.done = scratch.inside == cut.need || shift == 0;
+  select_sync<kThreads>();
+  return cut;
+}
+
+// The smallest value `low` such that exactly k of the distinct values in [low, high] are >= it: the block selects
+// values >= low. `for_each` as in `narrow_cut`; there are at least k values in [low, high].
+template <int kThreads, typename ForEach>
+__device__ __forceinline__ uint64_t kth_largest(uint64_t low, uint64_t high, uint32_t k, ForEach&& for_each,
+                                                SelectScratch& scratch) {
+  Cut cut{low, high - low, k, false};
+  while (!cut.done) cut = narrow_cut<kThreads>(cut, for_each, scratch);
+  return cut.low;
+}
+
+}  // namespace misa
