@@ -98,7 +98,7 @@ def _wait_until_healthy(server: subprocess.Popen, url: str, log: Path) -> None:
     while True:
         if server.poll() is not None:
             tail = "\n".join(f"    | {line}" for line in _tail(log, TAIL_LINES))
-            raise DemoError(f"{tail}\nthe server stopped with status {server.returncode}; its log: {log}")
+            raise DemoError(f"{tail}\nthe server stopped with status {server.returncode}")
         elapsed = time.monotonic() - start
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
@@ -107,7 +107,7 @@ def _wait_until_healthy(server: subprocess.Popen, url: str, log: Path) -> None:
         except (urllib.error.URLError, OSError):
             pass
         if elapsed > START_TIMEOUT_S:
-            raise DemoError(f"the server did not answer within {START_TIMEOUT_S:.0f} s; its log: {log}")
+            raise DemoError(f"the server did not answer within {START_TIMEOUT_S:.0f} s")
         if live:
             last = (_tail(log, 1) or [""])[0]
             line = f"Starting the server  {elapsed:.0f} s  {last}"
@@ -188,26 +188,31 @@ class Answer:
 
 
 def ask(url: str, prompt: str, max_tokens: int) -> Answer:
-    """Send `prompt` as a chat message, print the answer while it streams."""
-    from openai import OpenAI
+    """Send `prompt` as a chat message, print the answer while it streams.
+
+    Raises:
+        DemoError: the server refused the request or broke off.
+    """
+    from openai import OpenAI, OpenAIError
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=START_TIMEOUT_S)
-    start = time.monotonic()
-    stream = client.chat.completions.create(
-        model=SERVED_NAME,
-        messages=[{"role": "user", "content": prompt}],
-        max_tokens=max_tokens,
-        temperature=0.7,
-        seed=0,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    first, usage = None, None
-    for chunk in stream:
-        usage = chunk.usage or usage
-        if chunk.choices and chunk.choices[0].delta.content:
-            first = first or time.monotonic() - start
-            print(chunk.choices[0].delta.content, end="", flush=True)
+    first, usage, start = None, None, time.monotonic()
+    try:
+        stream = client.chat.completions.create(
+            model=SERVED_NAME,
+            messages=[{"role": "user", "content": prompt}],
+            max_tokens=max_tokens,
+            temperature=0.7,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        for chunk in stream:
+            usage = chunk.usage or usage
+            if chunk.choices and chunk.choices[0].delta.content:
+                first = first or time.monotonic() - start
+                print(chunk.choices[0].delta.content, end="", flush=True)
+    except OpenAIError as error:
+        raise DemoError(f"the request failed: {error}") from None
     total = time.monotonic() - start
     print(flush=True)
     return Answer(usage.prompt_tokens, usage.completion_tokens, first or total, total)
@@ -275,6 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
             counted = read_counters(url).since(before)
     except (DemoError, OSError) as error:
         print(f"\n{parser.prog}: {error}", file=sys.stderr)
+        if log.exists():
+            print(f"The server's log: {log}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped, the server too", file=sys.stderr)
