@@ -34,12 +34,12 @@ def fp8_argument(x: torch.Tensor, native: bool) -> torch.Tensor:
 @triton.jit
 def load_fp8(pointers, mask, NATIVE: tl.constexpr):
     """Dot operands from `pointers`: FP8 values, or fp16 holding value / 256 (see `fp8_unit`)."""
-    values = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0)
-    if NATIVE:
-        return values
-    bits = values.to(tl.uint16)
-    # e4m3 bits moved under fp16's exponent keep their value up to the difference of the biases, 2**(15 - 7)
-    return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    values = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0 if NATIVE else 0)
+    if not NATIVE:
+        bits = values.to(tl.uint16)
+        # e4m3 bits moved under fp16's exponent keep their value up to the difference of the biases, 2**(15 - 7)
+        values = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    return values
 
 
 @triton.jit

@@ -106,10 +106,10 @@ def _rerank_score_kernel(
             token = tl.load(candidates + row * candidates_stride + index, mask=index < count, other=NONE)
             live = token >= 0
             page = tl.load(pages + token // PAGE, mask=live, other=0).to(tl.int64)
-            start = cache + page * page_stride
+            key_page = cache + page * page_stride
             slot = token % PAGE
-            keys = load_fp8((start + slot * DIM)[:, None] + dim[None, :], live[:, None], NATIVE)
-            scale = tl.load((start + SCALES).to(tl.pointer_type(tl.float32)) + slot, mask=live, other=0.0)
+            keys = load_fp8((key_page + slot * DIM)[:, None] + dim[None, :], live[:, None], NATIVE)
+            scale = tl.load((key_page + SCALES).to(tl.pointer_type(tl.float32)) + slot, mask=live, other=0.0)
             score = tl.sum(tl.maximum(tl.dot(keys, query), 0.0) * gate[None, :], axis=1)
             score = score * (scale * (fp8_unit(NATIVE) * fp8_unit(NATIVE)))
             tl.store(scores + row * count + index, score, mask=live)
