@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) decode_select_kernel(
       const float scale[2] = {scales[key_of_thread], scales[key_of_thread + 8]};
       ptx::wgmma_wait<0>();
       ptx::pin_registers(d);
-      ptx::named_barrier_sync(1 + warpgroup, 128);
+      sync_warpgroup(warpgroup);
       if (leads && refill < page_count) load_page(stage, refill_page);
 
       float sum[2];

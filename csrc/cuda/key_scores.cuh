@@ -47,6 +47,15 @@ __device__ __forceinline__ void wgmma_k32(float (&d)[kColumns / 2], uint64_t a, 
   }
 }
 
+/// Barrier of one of the two warpgroups of a block.
+__device__ __forceinline__ void sync_warpgroup(int warpgroup) {
+  if (warpgroup == 0) {
+    ptx::named_barrier_sync<1, 128>();
+  } else {
+    ptx::named_barrier_sync<2, 128>();
+  }
+}
+
 /// How the heads of one query lie in the columns of the product.
 ///
 /// Lane c of a quad holds columns {8i + 2c, 8i + 2c + 1}. With up to 8 heads ("private") all of them lie in the

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) rerank_kernel(const __grid_constant_
   for (int turn = 0; turn < my_tiles; ++turn) {
     ptx::cp_async_wait<kStages - 2>();
     ptx::fence_proxy_async();
-    ptx::named_barrier_sync(1 + warpgroup, 128);  // this tile has landed, and the last one has been read by all
+    sync_warpgroup(warpgroup);  // this tile has landed, and the last one has been read by all
     float d[Layout::kColumns / 2];
     start_tile<kHeads>(d, my_key_tiles + turn % kStages * kKeyTileBytes, query);
     gather(turn + kStages - 1);
