@@ -13,9 +13,13 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
 BIN := $(abspath $(VENV))/bin
-# The small model has a tokenizer and chat template of its own, and positions for more than a laptop's memory.
+# The small model has a tokenizer and chat template of its own, and more positions than a laptop has memory for.
+# Without a GPU it computes in float32: most CPUs emulate bfloat16 products, at several times the cost.
 ifeq ($(MODEL),.models/tiny)
-MODEL_ARGS ?= --tokenizer-mode hf --max-model-len 32768
+MODEL_ARGS := --tokenizer-mode hf --max-model-len 32768
+ifeq ($(wildcard /dev/nvidia0),)
+MODEL_ARGS += --dtype float32
+endif
 endif
 
 .DEFAULT_GOAL := help
@@ -35,10 +39,13 @@ help:
 install:
 	@$(PYTHON) misa_vllm/install.py $(VENV) --device $(DEVICE)
 
-model: install
 ifeq ($(MODEL),.models/tiny)
-	@test -f $(MODEL)/config.json || $(BIN)/python -m misa_vllm.models.tiny $(MODEL)
+model: $(MODEL)/config.json
 endif
+model: install
+
+.models/tiny/config.json: misa_vllm/models/tiny.py misa_vllm/data/us_constitution.txt | install
+	@$(BIN)/python -m misa_vllm.models.tiny .models/tiny
 
 serve: model
 	@PATH=$(BIN):$$PATH exec $(BIN)/vllm serve $(MODEL) --attention-backend misa --port $(PORT) $(MODEL_ARGS) \

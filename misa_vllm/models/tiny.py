@@ -30,7 +30,10 @@ SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte, so that any text 
 
 # Spread of the gates' sizes over the heads (standard deviation of their logarithm): trained indexers use their
 # heads unequally, and a router has something to find only then.
-GATE_SPREAD = 1.0
+GATE_SPREAD = 1.5
+# Standard deviation of the index keys' common part, in units of a key's own spread: without one, the block means
+# that the router reads are all but zero.
+KEY_MEAN_STD = 1.0
 # Standard deviation of the logits: one sharp enough that a sampled text does not jump between all tokens evenly.
 LOGIT_STD = 3.0
 # Attention logits of random weights are nearly equal; this much larger queries let it look at single tokens.
@@ -171,11 +174,13 @@ def weights(size: TinySize, vocab: int) -> Iterator[tuple]:
     """Yield (checkpoint name, tensor) of every weight, bfloat16 but for the indexer's key norm (float32)."""
     import torch
 
-    def random(name: str, rows: int, columns: int, gain: float = 1.0) -> tuple:
+    def normal(name: str, *shape: int) -> torch.Tensor:
         # seeded by name: a weight does not change when others come or go
         generator = torch.Generator().manual_seed(zlib.crc32(f"{size.seed}/{name}".encode()))
-        values = torch.randn(rows, columns, generator=generator) * (gain / math.sqrt(columns))
-        return name, values.to(torch.bfloat16)
+        return torch.randn(shape, generator=generator)
+
+    def random(name: str, rows: int, columns: int, gain: float = 1.0) -> tuple:
+        return name, (normal(name, rows, columns) * (gain / math.sqrt(columns))).to(torch.bfloat16)
 
     def ones(name: str, count: int, dtype=torch.bfloat16) -> tuple:
         return name, torch.ones(count, dtype=dtype)
@@ -200,10 +205,10 @@ def weights(size: TinySize, vocab: int) -> Iterator[tuple]:
         yield random(f"{indexer}.wq_b.weight", index_heads * size.index_head_dim, size.q_lora_rank)
         yield random(f"{indexer}.wk.weight", size.index_head_dim, size.hidden)
         yield ones(f"{indexer}.k_norm.weight", size.index_head_dim, torch.float32)
-        yield f"{indexer}.k_norm.bias", torch.zeros(size.index_head_dim)
+        name = f"{indexer}.k_norm.bias"
+        yield name, KEY_MEAN_STD * normal(name, size.index_head_dim)
         name, gates = random(f"{indexer}.weights_proj.weight", index_heads, size.hidden)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{size.seed}/{name}/spread".encode()))
-        spread = torch.exp(GATE_SPREAD * torch.randn(index_heads, 1, generator=generator))
+        spread = torch.exp(GATE_SPREAD * normal(f"{name}/spread", index_heads, 1))
         yield name, (gates * spread).to(torch.bfloat16)
 
         yield ones(f"{block}.post_attention_layernorm.weight", size.hidden)
