@@ -28,7 +28,10 @@ NO_TOKEN = -1
 def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """FP8 e4m3 values [..., D] and their power-of-two scales [...] float32 (UE8M0), as vLLM stores index keys."""
     amax = x.float().abs().amax(dim=-1).clamp(min=1e-4)
-    scale = torch.exp2(torch.ceil(torch.log2(amax / FP8_MAX)))
+    mantissa, exponent = torch.frexp(amax / FP8_MAX)  # mantissa in [0.5, 1)
+    exponent = exponent - (mantissa == 0.5).int()
+    # built from its bits: exp2 of a whole number is not always exact, nor the same in vectors and in their tails
+    scale = ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
     return (x.float() / scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 

@@ -119,6 +119,9 @@ def _check_and_update_config(original, vllm_config) -> None:
     original(vllm_config)
     scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens, cache.enable_prefix_caching = kept
     cache.block_size = PAGE_TOKENS
+    # The CPU kernel of this operator takes a tensor's head stride for its token stride: on the views that DSA's
+    # model code hands it, every step rotates other elements. vLLM's torch implementation is right.
+    vllm_config.compilation_config.custom_ops.append("-rotary_embedding")
     logger.info("MISA on CPU: pages of %d tokens, chunked prefill and prefix caching as configured.", PAGE_TOKENS)
     from misa_vllm import metrics
 

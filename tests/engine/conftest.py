@@ -11,6 +11,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod  # noqa: E402
 
 from misa_vllm.indexer import Indexer  # noqa: E402
 from misa_vllm.models import tiny  # noqa: E402
@@ -33,6 +35,35 @@ def deepseek_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def glm_model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("models") / "glm", architecture="glm")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def row_by_row_products():
+    """Compute every matrix product of the model one row at a time.
+
+    How a BLAS library rounds a row depends on how many rows it was given, so hidden states, and with them
+    queries, would differ between prefill and decode before our code sees them.
+    """
+
+    def each_row(method):
+        def apply(self, layer, x, bias=None):
+            return torch.cat([method(self, layer, row, bias) for row in x.split(1)]) if len(x) else x
+
+        return apply
+
+    bmm = torch.bmm
+
+    def bmm_each_row(left, right, *, out=None):
+        out = left.new_empty(*left.shape[:2], right.shape[2]) if out is None else out
+        for i in range(left.shape[1]):
+            out[:, i : i + 1] = bmm(left[:, i : i + 1], right)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+            patch.setattr(kind, "apply", each_row(kind.apply))
+        patch.setattr(torch, "bmm", bmm_each_row)
+        yield
 
 
 class Engine:
