@@ -228,7 +228,7 @@ def _collect_kernel(
         for start in range(part * LIST_SLOTS, count, LISTS * LIST_SLOTS):
             token = start + tl.arange(0, LIST_SLOTS)
             score = tl.load(scores + row * scores_stride + token, mask=token < count, other=0.0)
-            survives = (token < count) & (score >= threshold)
+            survives = (token < count) & ((score < threshold) == 0)  # a NaN counts as the best, as in torch.sort
             slot = filled + tl.cumsum(survives.to(tl.int32), axis=0) - 1
             stored = survives & (slot < LIST_SLOTS)
             tl.store(list_scores + base + slot, score, mask=stored)

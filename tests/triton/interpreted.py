@@ -1,0 +1,167 @@
+"""The Triton kernels against the fp32 reference, at sizes that the interpreter can bear.
+
+Every unused byte of the cache is NaN and every unused entry of a block table is wild. The lists of the selection
+are made short, so that thresholds, overflowing lists and the path over all scores are reached with few tokens.
+"""
+
+import pytest
+import torch
+
+import misa_vllm.kernels.triton as kernels
+from misa_vllm import reference
+from misa_vllm.index_cache import PAGE_BYTES, PAGE_TOKENS, means_view
+from misa_vllm.kernels.triton import scratch, select
+from misa_vllm.rows import QueryRows
+
+UNWRITTEN = -7
+HEADS = 8
+LENGTHS = [200, 64, 65, 1]
+ROWS = [(0, 0), (0, 200), (0, 129), (1, 64), (1, 63), (2, 65), (3, 1)]
+
+
+@pytest.fixture(autouse=True)
+def short_lists(monkeypatch):
+    monkeypatch.setattr(select, "MIN_LIST_SLOTS", 64)
+    monkeypatch.setattr(select, "LISTS", 4)
+    monkeypatch.setattr(select, "SAMPLE_STRIDE", 4)
+
+
+def make_case(lengths=LENGTHS, spec=ROWS, heads=HEADS, keys="random", seed=0):
+    """A cache with keys and reference means, and random queries for rows (request, visible)."""
+    torch.manual_seed(seed)
+    pages_of = [-(-length // PAGE_TOKENS) for length in lengths]
+    cache = torch.full((sum(pages_of) + 3, PAGE_BYTES + 64), 0xFF, dtype=torch.uint8)[:, :PAGE_BYTES]
+    order = torch.randperm(cache.shape[0]).int()
+    table = torch.full((len(lengths), max(pages_of) + 2), 2**30, dtype=torch.int32)
+    for request, length in enumerate(lengths):
+        table[request, : pages_of[request]] = order[: pages_of[request]]
+        order = order[pages_of[request] :]
+        k = torch.randn(length, 128)
+        if keys == "constant":
+            k = torch.ones(length, 128)
+        if keys == "wide":
+            k *= 10.0 ** torch.linspace(-15, 15, length).unsqueeze(1)
+        if keys == "periodic":  # only tokens that a sample with a fixed stride would never see are good
+            k[::4] *= 1e-3
+        slots = slots_of(table[request], length)
+        reference.write_index_keys(k, cache, slots)
+        reference.update_page_means(cache, slots)
+    request, visible = (torch.tensor(column, dtype=torch.int32) for column in zip(*spec, strict=True))
+    q = torch.randn(len(spec), heads, 128).to(torch.float8_e4m3fn)
+    return q, torch.randn(len(spec), heads), cache, QueryRows(table, request, visible, int(visible.max()))
+
+
+def slots_of(pages, length):
+    positions = torch.arange(length)
+    return pages[positions // PAGE_TOKENS].long() * PAGE_TOKENS + positions % PAGE_TOKENS
+
+
+def as_sets(tokens):
+    return [set(row) for row in tokens.tolist()]
+
+
+def selected(implementation, q, gates, heads, cache, rows, k, **bounds):
+    out = torch.full((len(rows), k + 2), UNWRITTEN, dtype=torch.int32)
+    implementation.select_tokens(q, gates, heads, cache, rows, k, out, **bounds)
+    assert (out[:, k:] == UNWRITTEN).all()
+    return out[:, :k]
+
+
+@pytest.mark.parametrize("first, last", [(0, 1), (0, 64), (63, 65), (10, 200), (130, 131)])
+def test_page_means_of_the_written_pages(first, last):
+    _, _, cache, rows = make_case()
+    slots = torch.cat([torch.tensor([-1]), slots_of(rows.block_table[0], last)[first:], torch.tensor([-1, -1])])
+    means_view(cache).fill_(torch.nan)
+    expected = cache.clone()
+    reference.update_page_means(expected, slots)
+    kernels.update_page_means(cache, slots)
+    written = slots[slots >= 0].unique() // PAGE_TOKENS
+    # 64 products are added in another order: half an ulp each
+    torch.testing.assert_close(means_view(cache)[written], means_view(expected)[written], rtol=64 * 2**-24, atol=1e-6)
+    untouched = torch.ones(cache.shape[0], dtype=torch.bool)
+    untouched[written] = False
+    assert means_view(cache)[untouched].isnan().all()
+
+
+@pytest.mark.parametrize("pool_block", [64, 128])
+@pytest.mark.parametrize("heads, active_heads", [(8, 3), (32, 8)])
+def test_routed_heads(heads, active_heads, pool_block):
+    q, gates, cache, rows = make_case(heads=heads)
+    expected = reference.route_heads(q, gates, cache, rows, active_heads, pool_block)
+    assert torch.equal(kernels.route_heads(q, gates, cache, rows, active_heads, pool_block), expected)
+
+
+def test_the_lower_of_equal_heads_wins():
+    q, gates, cache, rows = make_case()
+    gates.zero_()
+    gates[:, 5] = -1.0
+    expected = reference.route_heads(q, gates, cache, rows, 3, 64)
+    assert (expected[:, :2] == torch.arange(2)).all() and (expected[:, 2] == 5).any()
+    assert torch.equal(kernels.route_heads(q, gates, cache, rows, 3, 64), expected)
+
+
+def test_routing_is_the_same_alone_and_in_a_batch(monkeypatch):
+    from misa_vllm.kernels.triton import route
+
+    q, gates, cache, rows = make_case(lengths=[64 * 70], spec=[(0, 64 * 70), (0, 64 * 66), (0, 64)])
+    split = kernels.route_heads(q, gates, cache, rows, 3, 64)  # 2 tiles of blocks, one program each
+    monkeypatch.setattr(route, "multiprocessors", lambda device: 0)
+    assert torch.equal(kernels.route_heads(q, gates, cache, rows, 3, 64), split)
+    monkeypatch.setattr(route, "TRANSIENT_BYTES", 0)
+    assert torch.equal(kernels.route_heads(q, gates, cache, rows, 3, 64), split)
+
+
+@pytest.mark.parametrize("keys", ["random", "constant", "wide", "periodic"])
+@pytest.mark.parametrize("all_heads", [False, True])
+def test_selected_tokens(keys, all_heads):
+    q, gates, cache, rows = make_case(keys=keys)
+    heads = None if all_heads else reference.route_heads(q, gates, cache, rows, 3, 64)
+    expected = selected(reference, q, gates, heads, cache, rows, 17)
+    tokens = selected(kernels, q, gates, heads, cache, rows, 17)
+    assert as_sets(tokens) == as_sets(expected)
+    assert torch.equal(selected(kernels, q, gates, heads, cache, rows, 17), tokens)
+
+
+def test_negative_and_infinite_gates():
+    q, gates, cache, rows = make_case()
+    gates = -gates.abs()
+    gates[:, 0] = -torch.inf
+    q[:, 0] = q[:, 0].float().abs().to(q.dtype)
+    expected = selected(reference, q, gates, None, cache, rows, 17)
+    assert as_sets(selected(kernels, q, gates, None, cache, rows, 17)) == as_sets(expected)
+
+
+@pytest.mark.parametrize("bounds", [{"visible_from": 64}, {"visible_to": 65}, {"visible_from": 2, "visible_to": 199}])
+def test_rows_outside_the_bounds_keep_their_output(bounds):
+    q, gates, cache, rows = make_case()
+    expected = selected(reference, q, gates, None, cache, rows, 40, **bounds)
+    assert as_sets(selected(kernels, q, gates, None, cache, rows, 40, **bounds)) == as_sets(expected)
+
+
+def test_more_rows_than_a_tile_of_the_transient_memory(monkeypatch):
+    q, gates, cache, rows = make_case()
+    whole = selected(kernels, q, gates, None, cache, rows, 17)
+    monkeypatch.setattr(select, "TRANSIENT_BYTES", 3 * select.workspace_bytes(1, rows.max_visible, 17))
+    make, allocated = scratch.scratch, []
+    monkeypatch.setattr(select, "scratch", lambda device, *specs: allocated.append(specs) or make(device, *specs))
+    assert torch.equal(selected(kernels, q, gates, None, cache, rows, 17), whole)
+    assert max(map(lambda specs: scratch.spec_bytes(*specs), allocated)) <= select.TRANSIENT_BYTES
+
+
+def test_workspace_is_bounded_at_a_million_tokens():
+    assert select.workspace_bytes(8192, 2**20, 2048) <= scratch.TRANSIENT_BYTES
+    assert select.workspace_bytes(8192, 2**20, 8192) <= scratch.TRANSIENT_BYTES
+
+
+@pytest.mark.parametrize("k", [7, 30])
+def test_reranked_tokens(k):
+    q, gates, cache, rows = make_case()
+    candidates = torch.full((len(rows), 50), -1, dtype=torch.int32)
+    for row, (_, visible) in enumerate(ROWS):
+        count = min(visible, 40)
+        candidates[row, torch.randperm(50)[:count]] = torch.randperm(max(visible, 1))[:count].int()
+    expected = torch.full((len(rows), k), UNWRITTEN, dtype=torch.int32)
+    tokens = expected.clone()
+    reference.rerank_tokens(q, gates, candidates, cache, rows, k, expected, 1, 199)
+    kernels.rerank_tokens(q, gates, candidates, cache, rows, k, tokens, 1, 199)
+    assert as_sets(tokens) == as_sets(expected)
