@@ -57,7 +57,7 @@ def score_tokens(
         q.stride(1),
         gates,
         gates.stride(0),
-        q if heads is None else heads,
+        rows.request if heads is None else heads,
         0 if heads is None else heads.stride(0),
         fp8_argument(index_cache, native),
         index_cache.stride(0),
