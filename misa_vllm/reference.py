@@ -255,6 +255,8 @@ def rerank_tokens(
         if len(members):
             keys = read_index_keys(index_cache, pages, count)
             out[members, :k] = rerank(q[members], gates[members], keys, candidates[members], k)
+    if visible_from <= 0:
+        out[rows.visible == 0, :k] = NO_TOKEN
 
 
 def _in_range(visible: torch.Tensor, visible_from: int, visible_to: int | None) -> torch.Tensor:

@@ -48,7 +48,8 @@ class Kernels(Protocol):
         """Recompute the mean of every page that this step wrote to, from the page's keys.
 
         slot_mapping [T] int64: the slots (page * 64 + offset) the step wrote, in token order; negative values
-        are padding. A page's keys are those up to the last slot the step wrote in it.
+        are padding. A page's keys are those up to the last slot the step wrote in it; the slots of one page
+        are adjacent in `slot_mapping`.
         """
 
     @staticmethod
@@ -102,6 +103,10 @@ class Kernels(Protocol):
         candidates [M, C] int32: distinct visible positions in any order, -1 for none, C >= k. A row with at
         most k candidates selects them all.
         """
+
+    @staticmethod
+    def workspace_bytes(max_rows: int, max_visible: int, k: int) -> int:
+        """Device memory that the calls of one step hold at once, at most (GPU implementations)."""
 
 
 @functools.cache
