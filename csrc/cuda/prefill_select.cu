@@ -1,0 +1,543 @@
+// Exact top-k selection of prefill rows: thresholds from a sample, fused scoring and collection, selection from the
+// collected lists, and an exact repair of the rows whose list cannot decide. Operators at the end of the file.
+#include "prefill_select.cuh"
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "tensor_map.h"
+#include "torch_op.h"
+
+namespace misa::prefill {
+namespace {
+
+// ---------------------------------------------------------------- thresholds from samples
+
+constexpr int kThresholdThreads = 256;
+// How many standard deviations of a sampled rank lie between the rank aimed at and k.
+constexpr float kSampleMargin = 5.0f;
+
+// One block per slot: the sampled score that, up to sampling error, a few more than k keys of the row reach.
+__global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __grid_constant__ Params p) {
+  extern __shared__ uint32_t keys[];
+  __shared__ SelectScratch scratch;
+  __shared__ uint32_t valid, lowest, highest;
+  const int slot = blockIdx.x;
+  if (threadIdx.x == 0) {
+    p.undecided[slot] = 0;
+    if (slot == 0) *p.undecided_count = *p.arrived = 0;
+    valid = 0;
+    lowest = 0xFFFFFFFFu;
+    highest = 0;
+  }
+  const int visible = p.rows.visible[p.row_begin + slot];
+  if (visible < p.scored_from || visible >= p.scored_to) return;
+  if (visible <= p.keep_all || p.num_samples == 0) {
+    if (threadIdx.x == 0) p.threshold[slot] = -INFINITY;
+    return;
+  }
+  __syncthreads();
+  // key 0 marks a sample the row does not see: no float has it
+  const float* samples = p.samples + static_cast<int64_t>(slot) * p.num_samples;
+  uint32_t count = 0, low = 0xFFFFFFFFu, high = 0;
+  for (int i = threadIdx.x; i < p.num_samples; i += kThresholdThreads) {
+    const float sample = samples[i];
+    const bool seen = __float_as_uint(sample) != kInvalidSample;
+    const uint32_t key = seen ? order_key(sample) : 0;
+    keys[i] = key;
+    if (seen) {
+      ++count;
+      low = min(low, key);
+      high = max(high, key);
+    }
+  }
+  count = __reduce_add_sync(0xFFFFFFFFu, count);
+  low = __reduce_min_sync(0xFFFFFFFFu, low);
+  high = __reduce_max_sync(0xFFFFFFFFu, high);
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(&valid, count);
+    atomicMin(&lowest, low);
+    atomicMax(&highest, high);
+  }
+  __syncthreads();
+  const float expected = static_cast<float>(p.k) * valid / visible;
+  const uint32_t rank = static_cast<uint32_t>(ceilf(expected + kSampleMargin * sqrtf(expected))) + 1;
+  if (rank >= valid) {
+    if (threadIdx.x == 0) p.threshold[slot] = -INFINITY;
+    return;
+  }
+  auto for_each = [&](auto&& visit) {
+    for (int i = threadIdx.x; i < p.num_samples; i += kThresholdThreads) {
+      if (keys[i] != 0) visit(keys[i]);
+    }
+  };
+  // two steps resolve 22 bits of the range; any lower bound of the sample of that rank will do
+  Cut cut{lowest, highest - lowest, rank, false};
+  for (int step = 0; step < 2 && !cut.done; ++step) cut = narrow_cut<kThresholdThreads>(cut, for_each, scratch);
+  if (threadIdx.x == 0) p.threshold[slot] = float_of_order_key(static_cast<uint32_t>(cut.low));
+}
+
+// ---------------------------------------------------------------- selection from the lists
+
+constexpr int kFinalThreads = 512;
+constexpr int kMaxSplits = 32;
+
+__host__ __device__ constexpr size_t final_shared_bytes(int64_t entries, int64_t k) {
+  return entries * sizeof(uint64_t) + k * sizeof(int32_t);
+}
+
+// One block per slot: writes the row's selection, ascending, or marks the row undecided if a list overflowed or the
+// threshold let fewer than k keys pass.
+__global__ __launch_bounds__(kFinalThreads) void final_kernel(const __grid_constant__ Params p) {
+  extern __shared__ uint64_t entries[];
+  __shared__ SelectScratch scratch;
+  __shared__ uint32_t offsets[kMaxSplits + 1];
+  __shared__ bool overflow;
+  __shared__ uint32_t lowest_key, highest_key;
+  const int slot = blockIdx.x;
+  const int row = p.row_begin + slot;
+  const int visible = p.rows.visible[row];
+  if (visible < p.written_from || visible >= p.scored_to) return;
+  int32_t* out = p.out + row * p.out_row_stride;
+  if (visible < p.scored_from) {
+    for (int i = threadIdx.x; i < p.k; i += kFinalThreads) out[i] = i < visible ? i : -1;
+    return;
+  }
+
+  if (threadIdx.x < 32) {
+    const uint32_t count =
+        threadIdx.x < p.splits ? p.counts[static_cast<int64_t>(slot) * p.splits + threadIdx.x] : 0;
+    uint32_t end = count;
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, end, offset);
+      if (threadIdx.x >= offset) end += other;
+    }
+    offsets[threadIdx.x + 1] = end;
+    const bool any_overflow = __any_sync(0xFFFFFFFFu, count > static_cast<uint32_t>(p.list_capacity));
+    if (threadIdx.x == 0) {
+      offsets[0] = 0;
+      overflow = any_overflow;
+      lowest_key = 0xFFFFFFFFu;
+      highest_key = 0;
+    }
+  }
+  __syncthreads();
+  const uint32_t total = offsets[kMaxSplits];
+  if (overflow || total < static_cast<uint32_t>(p.k)) {
+    if (threadIdx.x == 0) {
+      p.undecided[slot] = 1;
+      atomicAdd(p.undecided_count, 1u);
+    }
+    return;
+  }
+
+  uint32_t low = 0xFFFFFFFFu, high = 0;
+  for (int split = 0; split < p.splits; ++split) {
+    const uint2* list = p.lists + (static_cast<int64_t>(slot) * p.splits + split) * p.list_capacity;
+    const uint32_t begin = offsets[split], count = offsets[split + 1] - begin;
+    for (uint32_t i = threadIdx.x; i < count; i += kFinalThreads) {
+      const uint2 entry = list[i];
+      const uint64_t value = rank_value(__uint_as_float(entry.x), entry.y);
+      entries[begin + i] = value;
+      low = min(low, static_cast<uint32_t>(value >> 32));
+      high = max(high, static_cast<uint32_t>(value >> 32));
+    }
+  }
+  low = __reduce_min_sync(0xFFFFFFFFu, low);
+  high = __reduce_max_sync(0xFFFFFFFFu, high);
+  if (threadIdx.x % 32 == 0) {
+    atomicMin(&lowest_key, low);
+    atomicMax(&highest_key, high);
+  }
+  __syncthreads();
+  auto for_each = [&](auto&& visit) {
+    for (uint32_t i = threadIdx.x; i < total; i += kFinalThreads) visit(entries[i]);
+  };
+  const uint64_t cut = kth_largest<kFinalThreads>(static_cast<uint64_t>(lowest_key) << 32,
+                                                  (static_cast<uint64_t>(highest_key) << 32) | 0xFFFFFFFFu, p.k,
+                                                  for_each, scratch);
+
+  // Ascending positions by a counting sort: buckets of equal width, then the rank inside the bucket
+  int32_t* sorted = reinterpret_cast<int32_t*>(entries + static_cast<int64_t>(p.splits) * p.list_capacity);
+  const int width_log2 = max(0, 32 - __clz(visible - 1) - kSelectBinsLog2);
+  for (int bin = threadIdx.x; bin < kSelectBins; bin += kFinalThreads) scratch.bins[bin] = 0;
+  __syncthreads();
+  for_each([&](uint64_t value) {
+    if (value >= cut) atomicAdd(&scratch.bins[position_of(value) >> width_log2], 1u);
+  });
+  __syncthreads();
+  constexpr int kBinsPerThread = kSelectBins / kFinalThreads;
+  uint32_t counts[kBinsPerThread], sum = 0, all;
+#pragma unroll
+  for (int i = 0; i < kBinsPerThread; ++i) sum += counts[i] = scratch.bins[threadIdx.x * kBinsPerThread + i];
+  uint32_t begin = block_exclusive_sum<kFinalThreads>(sum, scratch.warp_sums, all);
+#pragma unroll
+  for (int i = 0; i < kBinsPerThread; ++i) {
+    scratch.bins[threadIdx.x * kBinsPerThread + i] = begin;
+    begin += counts[i];
+  }
+  __syncthreads();
+  for_each([&](uint64_t value) {
+    if (value >= cut) {
+      const uint32_t position = position_of(value);
+      sorted[atomicAdd(&scratch.bins[position >> width_log2], 1u)] = static_cast<int32_t>(position);
+    }
+  });
+  __syncthreads();
+  // every bin has advanced to its end, which is the beginning of the next
+  for (int i = threadIdx.x; i < p.k; i += kFinalThreads) {
+    const int32_t position = sorted[i];
+    const int bin = position >> width_log2;
+    const int from = bin == 0 ? 0 : static_cast<int>(scratch.bins[bin - 1]), to = static_cast<int>(scratch.bins[bin]);
+    int place = from;
+    for (int j = from; j < to; ++j) place += sorted[j] < position;
+    out[place] = position;
+  }
+}
+
+// Marks every scored row undecided, for a k that lists are not kept for; the other rows are written.
+__global__ __launch_bounds__(kFinalThreads) void undecided_kernel(const __grid_constant__ Params p) {
+  const int slot = blockIdx.x;
+  const int row = p.row_begin + slot;
+  const int visible = p.rows.visible[row];
+  const bool scored = visible >= p.scored_from && visible < p.scored_to;
+  if (threadIdx.x == 0) {
+    p.undecided[slot] = scored;
+    if (slot == 0) {
+      *p.undecided_count = 1;
+      *p.arrived = 0;
+    }
+  }
+  if (scored || visible < p.written_from || visible >= p.scored_to) return;
+  int32_t* out = p.out + row * p.out_row_stride;
+  for (int i = threadIdx.x; i < p.k; i += kFinalThreads) out[i] = i < visible ? i : -1;
+}
+
+// ---------------------------------------------------------------- plan: how a call is cut into launches
+
+// Bytes of lists, samples or dense scores; a single row's dense scores may need more
+constexpr int64_t kRegionBytes = 60ll << 20;
+constexpr int64_t kMaxFinalShared = 200ll << 10;
+constexpr int kMinSamples = 1024;
+constexpr int kMaxSamples = 12288;
+// Samples aimed at among the k best: 64 make lists of 1.6 k entries; k / 32 cost 1 / 32 of the scoring
+constexpr int64_t kSampledBest = 64;
+constexpr int64_t kSampledShare = 32;
+// What a block does besides its pages (queries, pipeline fill), and a launch besides its blocks, in pages
+constexpr int kItemOverheadPages = 6;
+constexpr int kLaunchOverheadPages = 30;
+
+struct Plan {
+  int launch_rows;  // rows of one launch
+  int splits;
+  int sample_splits;
+  int list_capacity;  // 0: no lists, every row goes through its dense scores
+  int num_samples;
+  int keep_all;
+  int dense_rows;
+  int64_t dense_stride;
+};
+
+int padded_heads(int64_t heads) {
+  int padded = 4;
+  while (padded < heads) padded *= 2;
+  return padded;
+}
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// Pages one multiprocessor goes through if `splits` blocks share each tile.
+int64_t split_time(int64_t tiles, int64_t pages, int splits, int multiprocessors) {
+  return ceil_div(tiles * splits, multiprocessors) * (ceil_div(pages, splits) + kItemOverheadPages);
+}
+
+int best_splits(int64_t tiles, int64_t pages, int multiprocessors) {
+  int best = 1;
+  for (int splits = 2; splits <= kMaxSplits; ++splits) {
+    if (split_time(tiles, pages, splits, multiprocessors) < split_time(tiles, pages, best, multiprocessors)) {
+      best = splits;
+    }
+  }
+  return best;
+}
+
+Plan make_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visible, int multiprocessors) {
+  const int64_t tile_rows = kGroups * 2 * kHalfColumns / padded_heads(heads);
+  const int64_t pages = std::max<int64_t>(1, ceil_div(max_visible, kPageTokens));
+  const int64_t dense_stride = pages * kPageTokens;
+  // Of a sample of n keys, k n / N belong to the k best of N, give or take the root of that
+  const int64_t wanted = std::max(ceil_div(kSampledBest * max_visible, k), max_visible / kSampledShare);
+  const int64_t samples =
+      round_up(std::min<int64_t>(std::max<int64_t>(wanted, kMinSamples), kMaxSamples), kPageTokens);
+  const double best_sampled = static_cast<double>(k) * samples / std::max<int64_t>(max_visible, 1);
+  const double rank = best_sampled + kSampleMargin * std::sqrt(best_sampled);
+  const double most_kept = k * rank / best_sampled * (1 + 6 / std::sqrt(rank));
+
+  Plan best{};
+  int64_t best_time = INT64_MAX;
+  const int64_t all_tiles = ceil_div(rows, tile_rows);
+  for (int64_t tiles = std::min<int64_t>(all_tiles, kMaxLaunchRows / tile_rows); tiles >= 1; --tiles) {
+    Plan plan{};
+    plan.launch_rows = static_cast<int>(tiles * tile_rows);
+    plan.splits = best_splits(tiles, pages, multiprocessors);
+    const int64_t all_of_split = ceil_div(pages, plan.splits) * kPageTokens;
+    const double share = most_kept / plan.splits;
+    const int64_t capacity = round_up(static_cast<int64_t>(share + 6 * std::sqrt(share)) + kPageTokens, 16);
+    plan.num_samples = capacity < all_of_split ? static_cast<int>(samples) : 0;
+    plan.list_capacity = static_cast<int>(std::min(capacity, all_of_split));
+    if (static_cast<int64_t>(final_shared_bytes(static_cast<int64_t>(plan.list_capacity) * plan.splits, k)) >
+        kMaxFinalShared) {
+      plan.list_capacity = plan.num_samples = 0;
+    }
+    const int64_t row_bytes = std::max<int64_t>(
+        static_cast<int64_t>(plan.list_capacity) * plan.splits * sizeof(uint2), plan.num_samples * sizeof(float));
+    if (row_bytes * plan.launch_rows > kRegionBytes) continue;
+    const int64_t time = ceil_div(all_tiles, tiles) *
+                         (split_time(tiles, pages, plan.splits, multiprocessors) + kLaunchOverheadPages);
+    if (time >= best_time) continue;
+    best_time = time;
+    plan.sample_splits = best_splits(tiles, plan.num_samples / kPageTokens, multiprocessors);
+    plan.keep_all = plan.list_capacity / kPageTokens * plan.splits * kPageTokens;
+    plan.dense_stride = dense_stride;
+    int64_t dense_rows = std::max<int64_t>(1, kRegionBytes / (dense_stride * static_cast<int64_t>(sizeof(float))));
+    dense_rows = std::min<int64_t>(plan.launch_rows, dense_rows);
+    if (dense_rows > tile_rows) dense_rows = dense_rows / tile_rows * tile_rows;
+    plan.dense_rows = static_cast<int>(dense_rows);
+    best = plan;
+  }
+  return best;
+}
+
+// Every layer of a step asks for the same plan, and making one takes longer than a launch.
+const Plan& cached_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visible, int multiprocessors) {
+  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int>;
+  thread_local Key key{-1, 0, 0, 0, 0};
+  thread_local Plan plan;
+  const Key wanted{rows, heads, k, max_visible, multiprocessors};
+  if (wanted != key) {
+    plan = make_plan(rows, heads, k, max_visible, multiprocessors);
+    key = wanted;
+  }
+  return plan;
+}
+
+// Where a launch's arrays lie in the workspace.
+struct Layout {
+  int64_t threshold, counts, undecided, bytes;
+};
+
+Layout workspace_layout(int64_t max_visible) {
+  Layout layout;
+  layout.threshold = std::max<int64_t>(kRegionBytes, round_up(max_visible, kPageTokens) * sizeof(float));
+  layout.counts = layout.threshold + kMaxLaunchRows * sizeof(float);
+  layout.undecided = layout.counts + kMaxLaunchRows * kMaxSplits * sizeof(uint32_t);
+  layout.bytes = layout.undecided + (kMaxLaunchRows + 2) * sizeof(uint32_t);
+  return layout;
+}
+
+// ---------------------------------------------------------------- launches
+
+int multiprocessor_count(int device) {
+  int count = 0;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+  return count;
+}
+
+template <typename Kernel>
+void allow_shared(Kernel* kernel, size_t bytes) {
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+      "shared memory of the prefill kernels");
+}
+
+template <int kHeads, Mode kMode>
+void launch_score(const CUtensorMap& map, const Params& p, int blocks, cudaStream_t stream) {
+  constexpr size_t kBytes = sizeof(Shared<kHeads>) + 1024;
+  allow_shared(score_kernel<kHeads, kMode>, kBytes);
+  score_kernel<kHeads, kMode><<<blocks, kThreads, kBytes, stream>>>(map, p);
+  check_cuda(cudaGetLastError(), "prefill scores");
+}
+
+template <int kHeads>
+void launch_repair(const CUtensorMap& map, const Params& p, int blocks, cudaStream_t stream) {
+  constexpr size_t kBytes = sizeof(Shared<kHeads>) + 1024 + sizeof(RepairShared);
+  allow_shared(repair_kernel<kHeads>, kBytes);
+  cudaLaunchAttribute cooperative;
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, repair_kernel<kHeads>, map, p), "prefill repair");
+}
+
+template <int kHeads>
+void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap& page_map,
+         const CUtensorMap& sample_map, int multiprocessors, cudaStream_t stream) {
+  constexpr int kTileRows = Tile<kHeads>::kQueries;
+  for (int64_t begin = 0; begin < rows; begin += plan.launch_rows) {
+    Params p = common;
+    p.row_begin = static_cast<int>(begin);
+    p.num_rows = static_cast<int>(std::min<int64_t>(plan.launch_rows, rows - begin));
+    const int tiles = static_cast<int>(ceil_div(p.num_rows, kTileRows));
+    if (plan.list_capacity > 0) {
+      if (p.num_samples > 0) {
+        p.splits = plan.sample_splits;
+        launch_score<kHeads, Mode::kSample>(sample_map, p, std::min(tiles * p.splits, multiprocessors), stream);
+        p.splits = plan.splits;
+      }
+      allow_shared(threshold_kernel, p.num_samples * sizeof(uint32_t));
+      threshold_kernel<<<p.num_rows, kThresholdThreads, p.num_samples * sizeof(uint32_t), stream>>>(p);
+      check_cuda(cudaGetLastError(), "prefill thresholds");
+      launch_score<kHeads, Mode::kCollect>(page_map, p, std::min(tiles * p.splits, multiprocessors), stream);
+      const size_t shared = final_shared_bytes(static_cast<int64_t>(p.list_capacity) * p.splits, p.k);
+      allow_shared(final_kernel, shared);
+      final_kernel<<<p.num_rows, kFinalThreads, shared, stream>>>(p);
+    } else {
+      undecided_kernel<<<p.num_rows, kFinalThreads, 0, stream>>>(p);
+    }
+    check_cuda(cudaGetLastError(), "prefill selection");
+    p.splits = best_splits(ceil_div(p.dense_rows, kTileRows), p.dense_stride / kPageTokens, multiprocessors);
+    launch_repair<kHeads>(page_map, p, multiprocessors, stream);
+  }
+}
+
+// Calls `work` with the template argument for `heads` columns per query.
+template <typename Work>
+void for_heads(int heads, Work&& work) {
+  switch (heads) {
+    case 4:
+      return work(std::integral_constant<int, 4>{});
+    case 8:
+      return work(std::integral_constant<int, 8>{});
+    case 16:
+      return work(std::integral_constant<int, 16>{});
+    case 32:
+      return work(std::integral_constant<int, 32>{});
+    default:
+      return work(std::integral_constant<int, 64>{});
+  }
+}
+
+// ---------------------------------------------------------------- operators
+
+Params make_params(const Tensor& q, const Tensor& gates, const std::optional<Tensor>& heads, const Tensor& index_cache,
+                   const Tensor& block_table, const Tensor& request, const Tensor& visible) {
+  Params p{};
+  p.cache = index_cache_of(index_cache, false);
+  p.rows = rows_of(block_table, request, visible);
+  p.heads_per_row = check_queries(q, gates, p.rows);
+  if (heads.has_value()) {
+    check_tensor(*heads, "heads", ScalarType::Int, 2);
+    STD_TORCH_CHECK(heads->size(0) == p.rows.count && heads->size(1) >= 1 && heads->size(1) <= p.heads_per_row,
+                    "heads must be [", p.rows.count, ", h] with h from 1 to ", p.heads_per_row);
+    p.heads = static_cast<const int32_t*>(heads->data_ptr());
+    p.heads_row_stride = heads->stride(0);
+    p.heads_per_row = static_cast<int>(heads->size(1));
+  }
+  p.q = static_cast<const uint8_t*>(q.data_ptr());
+  p.q_row_stride = q.stride(0);
+  p.q_head_stride = q.stride(1);
+  p.gates = static_cast<const float*>(gates.data_ptr());
+  p.gates_row_stride = gates.stride(0);
+  return p;
+}
+
+// Bytes of workspace that `prefill_select` needs for any number of rows that see at most `max_visible` keys.
+int64_t workspace_bytes(int64_t max_visible) { return workspace_layout(max_visible).bytes; }
+
+void prefill_select(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor index_cache, Tensor block_table,
+                    Tensor request, Tensor visible, int64_t max_visible, int64_t k, Tensor out, int64_t visible_from,
+                    int64_t visible_to, Tensor workspace) {
+  Params p = make_params(q, gates, heads, index_cache, block_table, request, visible);
+  check_tensor(out, "out", ScalarType::Int, 2);
+  check_tensor(workspace, "workspace", ScalarType::Byte, 1);
+  const int64_t rows = p.rows.count;
+  STD_TORCH_CHECK(k >= 1 && out.size(0) == rows && out.size(1) >= k, "out must be [", rows, ", at least k = ", k, "]");
+  if (rows == 0) return;
+  const int multiprocessors = multiprocessor_count(q.get_device_index());
+  const Plan& plan = cached_plan(rows, p.heads_per_row, k, max_visible, multiprocessors);
+  const Layout layout = workspace_layout(max_visible);
+  STD_TORCH_CHECK(workspace.size(0) >= layout.bytes && reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0,
+                  "workspace: ", layout.bytes, " bytes at a multiple of 16 are needed, it has ", workspace.size(0));
+  auto* base = static_cast<uint8_t*>(workspace.data_ptr());
+  p.written_from = static_cast<int>(visible_from);
+  p.scored_from = static_cast<int>(std::min<int64_t>(std::max(visible_from, k + 1), INT32_MAX));
+  p.scored_to = static_cast<int>(std::min<int64_t>(visible_to, INT32_MAX));
+  p.k = static_cast<int>(k);
+  p.splits = plan.splits;
+  p.threshold = reinterpret_cast<float*>(base + layout.threshold);
+  p.counts = reinterpret_cast<uint32_t*>(base + layout.counts);
+  p.undecided = reinterpret_cast<uint32_t*>(base + layout.undecided);
+  p.undecided_count = p.undecided + kMaxLaunchRows;
+  p.arrived = p.undecided_count + 1;
+  p.lists = reinterpret_cast<uint2*>(base);
+  p.list_capacity = plan.list_capacity;
+  p.keep_all = plan.keep_all;
+  p.samples = reinterpret_cast<float*>(base);
+  p.num_samples = plan.num_samples;
+  p.dense = reinterpret_cast<float*>(base);
+  p.dense_stride = plan.dense_stride;
+  p.dense_rows = plan.dense_rows;
+  p.out = static_cast<int32_t*>(out.data_ptr());
+  p.out_row_stride = out.stride(0);
+  const CUtensorMap page_map = key_page_map(p.cache), sample_map = key_page_map(p.cache, 1);
+  const cudaStream_t stream = current_stream(q);
+  for_heads(padded_heads(p.heads_per_row), [&](auto padded) {
+    run<decltype(padded)::value>(p, plan, rows, page_map, sample_map, multiprocessors, stream);
+  });
+}
+
+// The scores themselves, out [M, N] float32; keys a row does not see are left as they are. For tests: the bits are
+// those that `prefill_select` ranks.
+void prefill_scores(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor index_cache, Tensor block_table,
+                    Tensor request, Tensor visible, Tensor out) {
+  Params p = make_params(q, gates, heads, index_cache, block_table, request, visible);
+  check_tensor(out, "out", ScalarType::Float, 2);
+  const int64_t rows = p.rows.count;
+  STD_TORCH_CHECK(out.size(0) == rows, "out must have ", rows, " rows");
+  if (rows == 0) return;
+  p.num_rows = static_cast<int>(rows);
+  p.scored_from = 1;
+  p.scored_to = static_cast<int>(std::min<int64_t>(out.size(1), INT32_MAX - 1)) + 1;
+  p.splits = 4;
+  p.dense = static_cast<float*>(out.data_ptr());
+  p.dense_stride = out.stride(0);
+  const CUtensorMap page_map = key_page_map(p.cache);
+  for_heads(padded_heads(p.heads_per_row), [&](auto padded) {
+    constexpr int kHeads = decltype(padded)::value;
+    const int64_t items = ceil_div(rows, Tile<kHeads>::kQueries) * p.splits;
+    const int blocks = static_cast<int>(std::min<int64_t>(items, multiprocessor_count(q.get_device_index())));
+    launch_score<kHeads, Mode::kDense>(page_map, p, blocks, current_stream(q));
+  });
+}
+
+}  // namespace
+}  // namespace misa::prefill
+
+STABLE_TORCH_LIBRARY_FRAGMENT(misa_vllm, library) {
+  library.def(
+      "prefill_select(Tensor q, Tensor gates, Tensor? heads, Tensor index_cache, Tensor block_table, Tensor request, "
+      "Tensor visible, int max_visible, int k, Tensor(a!) out, int visible_from, int visible_to, "
+      "Tensor(b!) workspace) -> ()");
+  library.def(
+      "prefill_scores(Tensor q, Tensor gates, Tensor? heads, Tensor index_cache, Tensor block_table, Tensor request, "
+      "Tensor visible, Tensor(a!) out) -> ()");
+  library.def("prefill_workspace_bytes(int max_visible) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(misa_vllm, CUDA, library) {
+  library.impl("prefill_select", TORCH_BOX(&misa::prefill::prefill_select));
+  library.impl("prefill_scores", TORCH_BOX(&misa::prefill::prefill_scores));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(misa_vllm, CompositeExplicitAutograd, library) {
+  library.impl("prefill_workspace_bytes", TORCH_BOX(&misa::prefill::workspace_bytes));
+}
