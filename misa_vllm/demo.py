@@ -7,7 +7,6 @@ request's queries (option `audit_every`).
 """
 
 import argparse
-import ctypes
 import json
 import os
 import shutil
@@ -30,7 +29,6 @@ AUDIT_EVERY = 16
 START_TIMEOUT_S = 1800.0  # a large checkpoint takes minutes to load
 STOP_TIMEOUT_S = 20.0
 TAIL_LINES = 15
-PR_SET_PDEATHSIG = 1  # Linux: signal the child when its parent dies, so that even SIGKILL leaves no server behind
 
 
 class DemoError(Exception):
@@ -55,9 +53,18 @@ def server_command(model: str, port: int, options: dict, arguments: list[str]) -
     ]
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+@contextmanager
+def _ends_with_us(group: int):
+    """End the process group when this process dies, even by SIGKILL: the guard sees its standard input close."""
+    guard = subprocess.Popen(
+        ["sh", "-c", 'cat; kill -KILL -- "-$1"', "sh", str(group)], stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        yield
+    finally:
+        guard.kill()
+        guard.wait()
+        guard.stdin.close()
 
 
 def _tail(log: Path, lines: int) -> list[str]:
@@ -73,13 +80,12 @@ def running_server(command: list[str], port: int, log: Path):
     """
     with open(log, "wb") as output:
         # a session of its own: its workers can be ended with it, and Ctrl-C reaches the demo alone
-        server = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent
-        )
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_until_healthy(server, url, log)
-        yield url
+        with _ends_with_us(server.pid):
+            url = f"http://127.0.0.1:{port}"
+            _wait_until_healthy(server, url, log)
+            yield url
     finally:
         try:
             server.terminate()
@@ -279,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
             answer = ask(url, f"{document}\n\n{options.question}", options.max_tokens)
             counted = read_counters(url).since(before)
     except (DemoError, OSError) as error:
-        print(f"\n{parser.prog}: {error}", file=sys.stderr)
+        print(f"\n{error}", file=sys.stderr)
         if log.exists():
             print(f"The server's log: {log}", file=sys.stderr)
         return 1
