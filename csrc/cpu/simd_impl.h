@@ -264,8 +264,8 @@ inline void add_head_scores(const float* q, const float* gates, const float* pan
 
 void score_keys(const float* q, const float* gates, int heads, const float* panels, const float* scales,
                 int panel_count, float* scores) {
-  // 32 heads of fp32 queries (16 KiB) and one panel fit the first-level cache together
-  constexpr int kHeadBlock = 32;
+  // 8 heads of fp32 queries (4 KiB) stay in the first-level cache while the panels pass through it
+  constexpr int kHeadBlock = 8;
   for (int i = 0; i < panel_count * kPanelKeys; i += kLanes) store(scores + i, Vec{});
   for (int block = 0; block < heads; block += kHeadBlock) {
     const int end = block + kHeadBlock < heads ? block + kHeadBlock : heads;
