@@ -56,9 +56,8 @@ def server_command(model: str, port: int, options: dict, arguments: list[str]) -
 @contextmanager
 def _ends_with_us(group: int):
     """End the process group when this process dies, even by SIGKILL: the guard sees its standard input close."""
-    guard = subprocess.Popen(
-        ["sh", "-c", 'cat; kill -KILL -- "-$1"', "sh", str(group)], stdin=subprocess.PIPE, start_new_session=True
-    )
+    code = f"import os, sys; sys.stdin.read(); os.killpg({group}, {signal.SIGKILL:d})"
+    guard = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
     finally:
