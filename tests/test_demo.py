@@ -1,0 +1,136 @@
+"""The demo's parts that need no model: its command line, its server's life, its reading of the metrics."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from misa_vllm import demo
+from misa_vllm.demo import Answer, Counters, DemoError
+
+# answers /health after a moment, and has a child as vLLM has workers; both ignore SIGTERM
+SERVER = """
+import http.server, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(sys.argv[2], "w").write(str(child.pid))
+time.sleep(0.5)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pid, within=20.0):
+    end = time.monotonic() + within
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not alive(pid)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "STOP_TIMEOUT_S", 0.5)
+    port = demo.free_port()
+    return [sys.executable, "-c", SERVER, str(port), str(tmp_path / "pid")], port, tmp_path / "log"
+
+
+@pytest.mark.parametrize("ending", [None, KeyboardInterrupt, DemoError])
+def test_server_and_its_workers_end_with_the_block(server, tmp_path, ending):
+    try:
+        with demo.running_server(*server) as url:
+            assert urllib.request.urlopen(f"{url}/health").status == 200
+            worker = int((tmp_path / "pid").read_text())
+            assert alive(worker)
+            if ending:
+                raise ending
+    except (KeyboardInterrupt, DemoError):
+        pass
+    assert gone(worker)
+
+
+def test_server_ends_when_the_demo_is_killed(server, tmp_path):
+    command, port, log = server
+    code = (
+        "import sys, time; from pathlib import Path; from misa_vllm.demo import running_server\n"
+        f"with running_server({command!r}, {port}, Path({str(log)!r})): time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert b"Server up" in process.stdout.readline()
+    worker = int((tmp_path / "pid").read_text())
+    assert alive(worker)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert gone(worker)
+
+
+def test_server_that_stops_is_told_with_its_last_lines(tmp_path):
+    command = [sys.executable, "-c", "print('because of this'); raise SystemExit(7)"]
+    with pytest.raises(DemoError, match="because of this\n.*status 7"):
+        with demo.running_server(command, demo.free_port(), tmp_path / "log"):
+            pytest.fail("it never answered")
+
+
+def test_command_line_audits_and_passes_options_on():
+    command = demo.server_command("m", 1234, {"policy": "dsa"}, ["--dtype", "float32"])
+    config = json.loads(command[command.index("--additional-config") + 1])
+    assert config == {"misa": {"audit_every": demo.AUDIT_EVERY, "policy": "dsa"}}
+    assert command[-2:] == ["--dtype", "float32"] and command[command.index("--port") + 1] == "1234"
+
+
+@pytest.mark.parametrize("options", ["{", "[1]", "7"])
+def test_options_that_are_no_object_get_one_line(options, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["model", "--options", options])
+    assert "not" in capsys.readouterr().err.splitlines()[-1]
+
+
+EXPOSITION = """\
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running 1.0
+# TYPE misa:queries counter
+misa:queries_total{{path="all"}} {all}
+misa:queries_total{{path="exact"}} {exact}
+misa:queries_total{{path="routed"}} {routed}
+# TYPE misa:audited_queries counter
+misa:audited_queries_total {audited}
+# TYPE misa:audited_recall_sum counter
+misa:audited_recall_sum_total {recall}
+# TYPE misa:config info
+misa:config_info{{policy="misa",active_heads="8",index_heads="64",pool_block="1024"}} 1.0
+"""
+
+
+def test_figures_are_those_of_the_request_alone():
+    before = demo.parse_counters(EXPOSITION.format(all=1, exact=1, routed=100, audited=10, recall=1))
+    after = demo.parse_counters(EXPOSITION.format(all=11, exact=21, routed=170, audited=14, recall=4.5))
+    counted = after.since(before)
+    assert counted.queries == {"all": 10, "exact": 20, "routed": 70}
+    assert counted.recall == 3.5 / 4
+    text = demo.report(Answer(prompt_tokens=100, tokens=11, first_token_s=2.0, total_s=4.0), counted)
+    assert "8 of 64 for 70.0% of the queries" in text
+    assert "87.5% (mean of 4 sampled queries)" in text
+    assert "11 tokens, 5.0 tokens/s" in text and "50 prompt tokens/s" in text
+
+
+def test_no_sample_is_no_recall():
+    assert Counters({}, {}, 0.0, 0.0).recall is None
+
+
+def test_a_server_without_misa_is_told():
+    with pytest.raises(DemoError, match="--attention-backend misa"):
+        demo.parse_counters("# TYPE x gauge\nx 1\n")
