@@ -24,16 +24,23 @@ PATHS = ("all", "exact", "routed")
 COUNTERS = (*PATHS, "audited_queries", "audited_recall_sum")
 
 
-@functools.cache
 def export(settings: IndexerSettings) -> None:
     """Serve the counters of this process and of those it starts (called in the server's process)."""
-    from prometheus_client import REGISTRY
-
     if DIRECTORY_VARIABLE not in os.environ:
         directory = tempfile.mkdtemp(prefix="misa-metrics-")
         os.environ[DIRECTORY_VARIABLE] = directory
         atexit.register(_remove_if_owner, directory, os.getpid())
-    REGISTRY.register(_Collector(settings, Path(os.environ[DIRECTORY_VARIABLE])))
+    _collector().settings = settings
+
+
+@functools.cache
+def _collector() -> "_Collector":
+    """The collector of this process, in the registry that vLLM serves."""
+    from prometheus_client import REGISTRY
+
+    collector = _Collector(Path(os.environ[DIRECTORY_VARIABLE]))
+    REGISTRY.register(collector)
+    return collector
 
 
 def _remove_if_owner(directory: str, owner: int) -> None:
@@ -44,9 +51,9 @@ def _remove_if_owner(directory: str, owner: int) -> None:
 class _Collector:
     """Sums the workers' files at scrape time."""
 
-    def __init__(self, settings: IndexerSettings, directory: Path) -> None:
-        self.settings = settings
+    def __init__(self, directory: Path, settings: IndexerSettings | None = None) -> None:
         self.directory = directory
+        self.settings = settings
 
     def collect(self):
         from prometheus_client.core import CounterMetricFamily, InfoMetricFamily
@@ -68,6 +75,8 @@ class _Collector:
             value=total["audited_recall_sum"],
         )
         shown = ("policy", "active_heads", "index_heads", "pool_block", "candidates", "min_context", "topk")
+        if self.settings is None:
+            return
         yield InfoMetricFamily(
             "misa:config", "Options in force", value={name: str(getattr(self.settings, name)) for name in shown}
         )

@@ -20,7 +20,7 @@ def directory(tmp_path, monkeypatch):
 
 
 def samples(directory):
-    families = metrics._Collector(SETTINGS, directory).collect()
+    families = metrics._Collector(directory, SETTINGS).collect()
     return {(s.name, s.labels.get("path")): s.value for family in families for s in family.samples}
 
 
