@@ -565,8 +565,7 @@ inline void attend_heads(const float* q, const float* kv, int count, int stride,
     float weights[kPadded];
     for (int t = 0; t < kPadded; ++t) weights[t] = t < count ? row[t] : top;
     for (int t = 0; t < kPadded; t += kLanes) store(weights + t, exp_nonpositive(load(weights + t) - top));
-    // before the first tile nothing is accumulated, and -inf - top would be clamped to a small number, not 0
-    correction[j] = highest[j] == -INFINITY ? 0.0f : exp_nonpositive(broadcast(highest[j] - top))[0];
+    correction[j] = exp_nonpositive(broadcast(highest[j] - top))[0];  // of the first tile: anything, times zero
     float sum_of_tile = 0.0f;
     for (int t = 0; t < count; ++t) {
       row[t] = weights[t];
