@@ -40,7 +40,15 @@ inline void store(float* p, Vec v) { *(VecUnaligned*)p = v; }
 inline VecInt load(const int32_t* p) { return *(const VecIntUnaligned*)p; }
 inline void store(int32_t* p, VecInt v) { *(VecIntUnaligned*)p = v; }
 inline Vec broadcast(float x) { return x - Vec{}; }
+
+// max(x, 0); NaN gives 0
+#if defined(__AVX512F__)
+inline Vec relu(Vec x) { return (Vec)_mm512_max_ps((__m512)x, _mm512_setzero_ps()); }
+#elif defined(__AVX2__)
+inline Vec relu(Vec x) { return (Vec)_mm256_max_ps((__m256)x, _mm256_setzero_ps()); }
+#else
 inline Vec relu(Vec x) { return x > 0.0f ? x : Vec{}; }
+#endif
 
 inline float sum(Vec v) {
   float total = 0.0f;
@@ -233,6 +241,7 @@ inline __attribute__((always_inline)) void dot_panel(const float* q, const float
   for (int j = 0; j < kHeads; ++j)
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) acc[j][v] = Vec{};
+#pragma GCC unroll 2
   for (int d = 0; d < kDim; ++d) {
     const Vec k0 = load(panel + d * kPanelKeys);
     const Vec k1 = load(panel + d * kPanelKeys + kLanes);
