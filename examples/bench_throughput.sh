@@ -2,6 +2,7 @@
 # Throughput without a server, exact DSA beside MISA: examples/bench_throughput.sh [MODEL] [more options]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} # GiB; on CPU vLLM otherwise asks for 92% of the memory
 model=${1:-.models/tiny}
 shift $(($# < 1 ? $# : 1))
 if [[ $model == .models/tiny ]]; then set -- --tokenizer-mode hf --max-model-len 8192 "$@"; fi

@@ -1,6 +1,9 @@
 """MISA in a script, without a server: python examples/offline_llm.py [MODEL]"""
 
+import os
 import sys
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; on CPU vLLM otherwise asks for 92% of the memory
 
 from vllm import LLM, SamplingParams
 
