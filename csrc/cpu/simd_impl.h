@@ -42,9 +42,7 @@ inline void store(int32_t* p, VecInt v) { *(VecIntUnaligned*)p = v; }
 inline Vec broadcast(float x) { return x - Vec{}; }
 
 // max(x, 0); NaN gives 0
-#if defined(__AVX512F__)
-inline Vec relu(Vec x) { return (Vec)_mm512_max_ps((__m512)x, _mm512_setzero_ps()); }
-#elif defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 inline Vec relu(Vec x) { return (Vec)_mm256_max_ps((__m256)x, _mm256_setzero_ps()); }
 #else
 inline Vec relu(Vec x) { return x > 0.0f ? x : Vec{}; }
