@@ -10,6 +10,7 @@ curl -fsS "$url/v1/completions" -H 'Content-Type: application/json' \
 echo
 echo "streamed chat:"
 curl -fsSN "$url/v1/chat/completions" -H 'Content-Type: application/json' \
-    -d "{\"model\": \"$model\", \"messages\": [{\"role\": \"user\", \"content\": \"Who votes?\"}], \"max_tokens\": 8, \"stream\": true}"
+    -d "{\"model\": \"$model\", \"max_tokens\": 8, \"stream\": true,
+         \"messages\": [{\"role\": \"user\", \"content\": \"Who votes?\"}]}"
 echo "what the indexer did:"
 curl -fsS "$url/metrics" | grep '^misa:'

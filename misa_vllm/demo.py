@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nstopped, the server too", file=sys.stderr)
         return 130
     if has_random_weights(Path(options.model)):
-        print("\nThis model's weights are random: its words mean nothing, and the paper's recall (over 92%) is not its.")
+        print("\nRandom weights: the words mean nothing, and a trained indexer's recall (paper: over 92%) is higher.")
     print("\n" + report(answer, counted))
     return 0
 
