@@ -60,7 +60,7 @@ class TopK {
     int shift = kFirstShift;
     while (true) {
       reduce_counts();
-      walk(remaining);
+      walk(totals(), remaining);
       if (shift == kFirstShift && shared_.total <= k) {
         return {1u, ~0u, shared_.total, shared_.total};
       }
@@ -80,87 +80,81 @@ class TopK {
     return {prefix, prefix + ((1u << shift) - 1), remaining, k};
   }
 
+  /// Of a block's items, those before this warp's and all of them.
+  struct Tally {
+    uint32_t above, inside;
+    uint32_t all_above, all_inside;
+  };
+
+  /// Counts the items i < count for which above(i), or inside(i), holds. A block barrier must precede.
+  template <typename Above, typename Inside>
+  __device__ Tally tally(int count, Above above, Inside inside) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint32_t above_count = 0, inside_count = 0;
+    for (int i = first_of_warp(count) + lane; i < last_of_warp(count); i += 32) {
+      above_count += above(i);
+      inside_count += inside(i);
+    }
+    above_count = __reduce_add_sync(~0u, above_count);
+    inside_count = __reduce_add_sync(~0u, inside_count);
+    if (lane == 0) {
+      shared_.warp_sums[0][warp] = above_count;
+      shared_.warp_sums[1][warp] = inside_count;
+    }
+    __syncthreads();
+    above_count = lane < kWarps ? shared_.warp_sums[0][lane] : 0;
+    inside_count = lane < kWarps ? shared_.warp_sums[1][lane] : 0;
+    return {
+        __reduce_add_sync(~0u, lane < warp ? above_count : 0), __reduce_add_sync(~0u, lane < warp ? inside_count : 0),
+        __reduce_add_sync(~0u, above_count), __reduce_add_sync(~0u, inside_count)};
+  }
+
+  /// Calls take(place, index) for every item above, and for those inside while there were fewer than `ties`: places
+  /// ascend with the index from above_before + min(inside_before, ties), which count the items before this warp's.
+  template <typename Above, typename Inside, typename Take>
+  __device__ void place(
+      int count, Above above, Inside inside, uint32_t ties, uint32_t above_before, uint32_t inside_before, Take take) {
+    const int lane = threadIdx.x % 32;
+    const int last = last_of_warp(count);
+    const uint32_t lower_lanes = (1u << lane) - 1;
+    for (int base = first_of_warp(count); base < last; base += 32) {
+      const int i = base + lane;
+      const uint32_t above_lanes = __ballot_sync(~0u, i < last && above(i));
+      const uint32_t inside_lanes = __ballot_sync(~0u, i < last && inside(i));
+      if ((above_lanes | inside_lanes) == 0) continue;
+      const uint32_t tie = inside_before + __popc(inside_lanes & lower_lanes);
+      if ((above_lanes >> lane & 1) || ((inside_lanes >> lane & 1) && tie < ties)) {
+        take(above_before + __popc(above_lanes & lower_lanes) + min(tie, ties), i);
+      }
+      above_before += __popc(above_lanes);
+      inside_before += __popc(inside_lanes);
+    }
+  }
+
   /// Calls take(place, index) once for every selected key: places 0 .. selected - 1 ascend with (CTA rank, index).
   template <typename Take>
   __device__ void emit(const uint32_t* keys, int key_count, const Cut& cut, Take take) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int per_warp = (key_count + 32 * kWarps - 1) / (32 * kWarps) * 32;
-    const int first = warp * per_warp, last = min(first + per_warp, key_count);
-    uint32_t above = 0, inside = 0;
-    for (int i = first + lane; i < last; i += 32) {
-      above += cut.above(keys[i]);
-      inside += cut.inside(keys[i]);
-    }
-    above = __reduce_add_sync(~0u, above);
-    inside = __reduce_add_sync(~0u, inside);
-    if (lane == 0) {
-      shared_.warp_sums[0][warp] = above;
-      shared_.warp_sums[1][warp] = inside;
-    }
-    __syncthreads();
-    const uint32_t warp_above = lane < kWarps ? shared_.warp_sums[0][lane] : 0;
-    const uint32_t warp_inside = lane < kWarps ? shared_.warp_sums[1][lane] : 0;
-    above = __reduce_add_sync(~0u, lane < warp ? warp_above : 0);
-    inside = __reduce_add_sync(~0u, lane < warp ? warp_inside : 0);
+    const auto above = [&](int i) { return cut.above(keys[i]); };
+    const auto inside = [&](int i) { return cut.inside(keys[i]); };
+    Tally before = tally(key_count, above, inside);
     if constexpr (kCluster) {
       auto cluster = cooperative_groups::this_cluster();
-      const int ranks = cluster.num_blocks(), rank = cluster.block_rank();
-      if (warp == 0) {
-        const uint32_t cta_above = __reduce_add_sync(~0u, warp_above);
-        const uint32_t cta_inside = __reduce_add_sync(~0u, warp_inside);
-        if (lane < ranks) {
-          uint32_t(*counts)[2] = cluster.map_shared_rank(shared_.cta_counts, lane);
-          counts[rank][0] = cta_above;
-          counts[rank][1] = cta_inside;
-        }
+      const int ranks = cluster.num_blocks(), rank = cluster.block_rank(), lane = threadIdx.x % 32;
+      if (threadIdx.x < ranks) {
+        uint32_t(*counts)[2] = cluster.map_shared_rank(shared_.cta_counts, lane);
+        counts[rank][0] = before.all_above;
+        counts[rank][1] = before.all_inside;
       }
       cluster.sync();
-      above += __reduce_add_sync(~0u, lane < rank ? shared_.cta_counts[lane][0] : 0);
-      inside += __reduce_add_sync(~0u, lane < rank ? shared_.cta_counts[lane][1] : 0);
+      before.above += __reduce_add_sync(~0u, lane < rank ? shared_.cta_counts[lane][0] : 0);
+      before.inside += __reduce_add_sync(~0u, lane < rank ? shared_.cta_counts[lane][1] : 0);
     }
-    const uint32_t lower_lanes = (1u << lane) - 1;
-    for (int i = first + lane; i - lane < last; i += 32) {
-      const uint32_t key = i < last ? keys[i] : 0;
-      const uint32_t above_lanes = __ballot_sync(~0u, cut.above(key));
-      const uint32_t inside_lanes = __ballot_sync(~0u, cut.inside(key));
-      if ((above_lanes | inside_lanes) == 0) continue;
-      const uint32_t ties = inside + __popc(inside_lanes & lower_lanes);
-      const bool tie_taken = (inside_lanes >> lane & 1) && ties < cut.ties;
-      if ((above_lanes >> lane & 1) || tie_taken) {
-        take(above + __popc(above_lanes & lower_lanes) + min(ties, cut.ties), i);
-      }
-      above += __popc(above_lanes);
-      inside += __popc(inside_lanes);
-    }
+    place(key_count, above, inside, cut.ties, before.above, before.inside, take);
   }
 
- private:
-  Shared& shared_;
-
-  __device__ const uint32_t* totals() const { return kCluster ? shared_.totals : shared_.counts; }
-
-  /// Sums the counts over the cluster: CTA r sums the r-th part of the bins and gives it to all.
-  __device__ void reduce_counts() {
-    if constexpr (kCluster) {
-      auto cluster = cooperative_groups::this_cluster();
-      const int ranks = cluster.num_blocks();
-      const int part = kBins / ranks;
-      const int first = part * cluster.block_rank();
-      cluster.sync();
-      for (int bin = first + threadIdx.x; bin < first + part; bin += kThreads) {
-        uint32_t total = 0;
-#pragma unroll 4
-        for (int rank = 0; rank < ranks; ++rank) total += cluster.map_shared_rank(shared_.counts, rank)[bin];
-        for (int rank = 0; rank < ranks; ++rank) cluster.map_shared_rank(shared_.totals, rank)[bin] = total;
-      }
-      cluster.sync();
-    } else {
-      __syncthreads();
-    }
-  }
-
-  /// Finds the digit that holds the `remaining`-th largest of the keys counted.
-  __device__ void walk(uint32_t remaining) {
+  /// Finds the digit that holds the `remaining`-th largest of the keys counted in totals[kBins]; a block barrier must
+  /// precede. The results lie in `digit`, `above`, `inside` and `total`, for all threads.
+  __device__ void walk(const uint32_t* totals, uint32_t remaining) {
     constexpr int kPerThread = kBins / kThreads;
     static_assert(kPerThread % 4 == 0);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -168,7 +162,7 @@ class TopK {
     uint32_t bin[kPerThread], sum = 0;
 #pragma unroll
     for (int i = 0; i < kPerThread; i += 4) {
-      const uint4 four = *reinterpret_cast<const uint4*>(totals() + top + i);
+      const uint4 four = *reinterpret_cast<const uint4*>(totals + top + i);
       bin[i] = four.x;
       bin[i + 1] = four.y;
       bin[i + 2] = four.z;
@@ -199,6 +193,35 @@ class TopK {
       }
     }
     __syncthreads();
+  }
+
+ private:
+  Shared& shared_;
+
+  __device__ static int warp_share(int count) { return (count + 32 * kWarps - 1) / (32 * kWarps) * 32; }
+  __device__ static int first_of_warp(int count) { return threadIdx.x / 32 * warp_share(count); }
+  __device__ static int last_of_warp(int count) { return min(first_of_warp(count) + warp_share(count), count); }
+
+  __device__ const uint32_t* totals() const { return kCluster ? shared_.totals : shared_.counts; }
+
+  /// Sums the counts over the cluster: CTA r sums the r-th part of the bins and gives it to all.
+  __device__ void reduce_counts() {
+    if constexpr (kCluster) {
+      auto cluster = cooperative_groups::this_cluster();
+      const int ranks = cluster.num_blocks();
+      const int part = kBins / ranks;
+      const int first = part * cluster.block_rank();
+      cluster.sync();
+      for (int bin = first + threadIdx.x; bin < first + part; bin += kThreads) {
+        uint32_t total = 0;
+#pragma unroll 8
+        for (int rank = 0; rank < ranks; ++rank) total += cluster.map_shared_rank(shared_.counts, rank)[bin];
+        for (int rank = 0; rank < ranks; ++rank) cluster.map_shared_rank(shared_.totals, rank)[bin] = total;
+      }
+      cluster.sync();
+    } else {
+      __syncthreads();
+    }
   }
 };
 

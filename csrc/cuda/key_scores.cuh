@@ -47,12 +47,14 @@ __device__ __forceinline__ void wgmma_k32(float (&d)[kColumns / 2], uint64_t a, 
   }
 }
 
-/// Barrier of one of the two warpgroups of a block.
+/// Barrier of one of a block's at most four warpgroups. Its number is a constant, as a variable one would reserve all
+/// barriers of the multiprocessor.
 __device__ __forceinline__ void sync_warpgroup(int warpgroup) {
-  if (warpgroup == 0) {
-    ptx::named_barrier_sync<1, 128>();
-  } else {
-    ptx::named_barrier_sync<2, 128>();
+  switch (warpgroup) {
+    case 0: return ptx::named_barrier_sync<1, 128>();
+    case 1: return ptx::named_barrier_sync<2, 128>();
+    case 2: return ptx::named_barrier_sync<3, 128>();
+    default: return ptx::named_barrier_sync<4, 128>();
   }
 }
 

@@ -27,9 +27,14 @@ constexpr int kTileBlocks = 64;      // pool blocks per shared-memory tile of th
 constexpr int kColumns = 8;          // pool blocks per mma
 constexpr int kSegmentTokens = 8192; // context that one CTA of the direct kernel sums at a time
 constexpr int kMeanRowBytes = kHeadDim * 2;
-constexpr int kPagesInFlight = 8;
+constexpr int kPagesInFlight = 8;  // of a warp of the pooling kernel
+constexpr int kGroupPages = 8;     // pages that a warp of the direct kernel fetches at a time
+constexpr int kRingGroups = 3;
 constexpr int64_t kMaxPooledBytes = 48 << 20;
+constexpr int kMeanBytes = kHeadDim * 4;
+constexpr int kRingBytesOfWarp = kRingGroups * kGroupPages * kMeanBytes;
 constexpr int kMaxSharedBytes = 227 * 1024;
+constexpr int kHalfSharedBytes = 113 * 1024;  // two CTAs on a multiprocessor, 1 KiB each reserved by the system
 
 __host__ __device__ constexpr int round_up(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -113,21 +118,32 @@ __device__ __forceinline__ uint32_t fp8x2_to_half2(uint32_t pair) {
   return static_cast<uint32_t>(raw.x) | static_cast<uint32_t>(raw.y) << 16;
 }
 
-__device__ __forceinline__ void load_query(
-    QueryFragment& fragment, const uint8_t* query, int64_t head_stride, int first_head, int heads) {
+/// The bytes of a fragment: heads lane / 4 and lane / 4 + 8, dimensions 32 (lane % 4) on.
+struct QueryBytes {
+  uint4 halves[2][2];
+};
+
+__device__ __forceinline__ QueryBytes load_query(const uint8_t* query, int64_t head_stride, int first_head, int heads) {
   const int lane = threadIdx.x % 32;
+  QueryBytes bytes = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int head = first_head + lane / 4 + 8 * half;
-    uint4 bytes[2] = {};
     if (head < heads) {
       const auto* source = reinterpret_cast<const uint4*>(query + head * head_stride + 32 * (lane % 4));
-      bytes[0] = source[0];
-      bytes[1] = source[1];
+      bytes.halves[half][0] = source[0];
+      bytes.halves[half][1] = source[1];
     }
+  }
+  return bytes;
+}
+
+__device__ __forceinline__ void convert_query(QueryFragment& fragment, const QueryBytes& bytes) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int step = 0; step < 8; ++step) {
-      const uint4 quarter = bytes[step / 4];
+      const uint4 quarter = bytes.halves[half][step / 4];
       const uint32_t word = step % 4 == 0 ? quarter.x : step % 4 == 1 ? quarter.y : step % 4 == 2 ? quarter.z : quarter.w;
       fragment.regs[step][half] = fp8x2_to_half2(word & 0xffff);
       fragment.regs[step][half + 2] = fp8x2_to_half2(word >> 16);
@@ -285,7 +301,8 @@ __global__ void __launch_bounds__(kThreads, 1) route_pooled_kernel(const __grid_
   QueryFragment query[kFragments];
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
-    load_query(query[f], args.q + (exists ? row : 0) * args.q_row_stride, args.q_head_stride, 16 * f, args.heads);
+    convert_query(
+        query[f], load_query(args.q + (exists ? row : 0) * args.q_row_stride, args.q_head_stride, 16 * f, args.heads));
   }
   const int blocks = exists ? args.rows.visible[row] / args.pool_block : 0;
   if (lane == 0) {
@@ -366,13 +383,20 @@ __global__ void __launch_bounds__(kThreads, 1) route_pooled_kernel(const __grid_
 
 // ---------------------------------------------------------------- few rows per request: one cluster per row
 
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 template <int kFragments>
-__global__ void __launch_bounds__(kThreads) route_direct_kernel(const __grid_constant__ RouteArguments args) {
+__global__ void __launch_bounds__(kThreads, 2) route_direct_kernel(const __grid_constant__ RouteArguments args) {
   extern __shared__ __align__(128) char shared[];
   const int segment_blocks = args.segment_blocks;
-  char* tile = shared;
+  char* ring = shared;
+  char* tile = ring + kWarps * kRingBytesOfWarp;
   auto* scales = reinterpret_cast<float*>(tile + segment_blocks * kMeanRowBytes);
-  float* partial = scales + segment_blocks;  // [segments, 16 * kFragments]; those of this CTA are filled
+  float* partial = scales + segment_blocks;  // [segments, 16 * kFragments], filled in the first CTA by all
   __shared__ float scores[kMaxHeads];
   constexpr int kHeads = 16 * kFragments;
 
@@ -381,59 +405,111 @@ __global__ void __launch_bounds__(kThreads) route_direct_kernel(const __grid_con
   const int row = blockIdx.x / ranks;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int32_t* out = args.out + row * args.active_heads;
+  const int32_t* pages = args.rows.pages(row);
   const int blocks = args.rows.visible[row] / args.pool_block;
   if (blocks == 0) {
     if (rank == 0 && threadIdx.x < args.active_heads) out[threadIdx.x] = threadIdx.x;
     return;
   }
+  if (ranks > 1) cluster_arrive();  // the first CTA has started: its shared memory may be written
   const int segments = (blocks + segment_blocks - 1) / segment_blocks;
-  const int32_t* pages = args.rows.pages(row);
-
-  QueryFragment query[1];
-  const bool scores_heads = warp < kFragments;
-  if (scores_heads) {
-    load_query(query[0], args.q + row * args.q_row_stride, args.q_head_stride, 16 * warp, args.heads);
-  }
+  const int pages_per_block = args.pool_block / kPageTokens;
   const int blocks_per_warp = segment_blocks / kWarps;
+
+  // A warp pools its blocks of one segment of the CTA after the other, fetched in groups of pages without a break at
+  // the end of a segment. Each lane fetches and reads its own 16 bytes of a mean, so the ring needs no barrier.
+  const int warp_pages = blocks_per_warp * pages_per_block;
+  const int groups = (warp_pages + kGroupPages - 1) / kGroupPages;  // of a segment
+  struct Group {
+    int first_page, count;
+  };
+  const auto group_at = [&](int number) {
+    const int in_segment = number % groups * kGroupPages;
+    const int segment = rank + number / groups * ranks;
+    const int first_page = segment * segment_blocks * pages_per_block + warp * warp_pages + in_segment;
+    return Group{first_page, min(kGroupPages, min(warp_pages - in_segment, blocks * pages_per_block - first_page))};
+  };
+  const auto load_ids = [&](int number) {  // of four groups
+    const Group group = group_at(number + lane / kGroupPages);
+    const int i = lane % kGroupPages;
+    return i < group.count ? pages[group.first_page + i] : -1;
+  };
+  char* my_ring = ring + warp * kRingBytesOfWarp + lane * 16;
+  const auto slot_of = [&](int group, int i) { return (group % kRingGroups * kGroupPages + i) * kMeanBytes; };
+  const auto fetch = [&](int group, int ids, int group_of_ids) {
+#pragma unroll
+    for (int i = 0; i < kGroupPages; ++i) {
+      const int id = __shfl_sync(~0u, ids, group_of_ids * kGroupPages + i);
+      if (id >= 0) ptx::cp_async<16>(my_ring + slot_of(group, i), args.cache.mean(id) + 4 * lane);
+    }
+    ptx::cp_async_commit();
+  };
+  int ids = load_ids(0);
+#pragma unroll
+  for (int group = 0; group < kRingGroups - 1; ++group) fetch(group, ids, group);
+  ids = load_ids(kRingGroups - 1);
+
+  const bool scores_heads = warp < kFragments;
+  const QueryBytes query_bytes = load_query(
+      args.q + row * args.q_row_stride, args.q_head_stride, 16 * warp, scores_heads ? args.heads : 0);
+  float* all_partials = ranks > 1 ? cluster.map_shared_rank(partial, 0) : partial;
+  const float divisor = static_cast<float>(pages_per_block);
+  bool first_started = ranks == 1;
+  int group = 0;
   for (int segment = rank; segment < segments; segment += ranks) {
-    const int first = segment * segment_blocks;
-    const int count = min(segment_blocks, blocks - first);
-    const int mine = warp * blocks_per_warp;
-    pool_blocks(
-        args.cache, pages, first + mine, first + min(mine + blocks_per_warp, count), args.pool_block / kPageTokens,
-        [&](int block, float4 mean) {
-          const int index = block - first;
-          const float scale = store_mean(tile + index * kMeanRowBytes, index, mean, lane);
-          if (lane == 0) scales[index] = scale;
-        });
+    const int count = min(segment_blocks, blocks - segment * segment_blocks);
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+    int in_block = 0, index = warp * blocks_per_warp;
+    for (int end = group + groups; group < end; ++group) {
+      fetch(group + kRingGroups - 1, ids, 0);
+      ids = load_ids(group + kRingGroups);
+      ptx::cp_async_wait<kRingGroups - 1>();
+      const int count_in_group = group_at(group).count;
+      for (int i = 0; i < count_in_group; ++i) {
+        const float4 mean = *reinterpret_cast<const float4*>(my_ring + slot_of(group, i));
+        sum = {sum.x + mean.x, sum.y + mean.y, sum.z + mean.z, sum.w + mean.w};
+        if (++in_block < pages_per_block) continue;
+        const float scale = store_mean(
+            tile + index * kMeanRowBytes, index,
+            float4{sum.x / divisor, sum.y / divisor, sum.z / divisor, sum.w / divisor}, lane);
+        if (lane == 0) scales[index] = scale;
+        sum = {0.0f, 0.0f, 0.0f, 0.0f};
+        in_block = 0;
+        ++index;
+      }
+    }
     __syncthreads();
+    if (!first_started) cluster_wait();
+    first_started = true;
     if (scores_heads) {
+      QueryFragment query[1];
+      convert_query(query[0], query_bytes);
       float sum[1][2] = {}, result[1][2];
       for (int column = 0; column < count; column += kColumns) {
         score_columns(sum, query, tile, scales, column, count - column);
       }
       take_segment(result, sum);
       if (lane % 4 == 0) {
-        partial[segment * kHeads + 16 * warp + lane / 4] = result[0][0];
-        partial[segment * kHeads + 16 * warp + lane / 4 + 8] = result[0][1];
+        all_partials[segment * kHeads + 16 * warp + lane / 4] = result[0][0];
+        all_partials[segment * kHeads + 16 * warp + lane / 4 + 8] = result[0][1];
       }
     }
     __syncthreads();
   }
-  cluster.sync();
-  if (rank == 0) {
-    const int head = threadIdx.x;
-    if (head < args.heads) {
-      float total = 0.0f;
-      for (int segment = 0; segment < segments; ++segment) {
-        total += cluster.map_shared_rank(partial, segment % ranks)[segment * kHeads + head];
-      }
-      scores[head] = fabsf(args.gates[row * args.gates_stride + head]) * total;
-    }
-    __syncthreads();
-    if (warp == 0) write_top_heads(scores, args.heads, args.active_heads, out);
+  if (ranks > 1) {
+    if (!first_started) cluster_wait();
+    cluster_arrive();
+    if (rank > 0) return;
+    cluster_wait();
   }
-  cluster.sync();  // a CTA's shared memory must outlive its readers
+  if (threadIdx.x < args.heads) {
+    float total = 0.0f;
+#pragma unroll 8
+    for (int segment = 0; segment < segments; ++segment) total += partial[segment * kHeads + threadIdx.x];
+    scores[threadIdx.x] = fabsf(args.gates[row * args.gates_stride + threadIdx.x]) * total;
+  }
+  __syncthreads();
+  if (warp == 0) write_top_heads(scores, args.heads, args.active_heads, out);
 }
 
 // ---------------------------------------------------------------- launch
@@ -460,13 +536,20 @@ void launch_pooled(const RouteArguments& args, int requests, cudaStream_t stream
 template <int kFragments>
 void launch_direct(const RouteArguments& args, cudaStream_t stream) {
   const int segments = std::max(1, (args.max_blocks + args.segment_blocks - 1) / args.segment_blocks);
-  const int shared_bytes =
-      args.segment_blocks * (kMeanRowBytes + 4) + segments * 16 * kFragments * static_cast<int>(sizeof(float));
+  const int shared_bytes = kWarps * kRingBytesOfWarp + args.segment_blocks * (kMeanRowBytes + 4) +
+                           segments * 16 * kFragments * static_cast<int>(sizeof(float));
   STD_TORCH_CHECK(
       shared_bytes <= kMaxSharedBytes, "route_heads: contexts of ", args.max_blocks, " blocks of ", args.pool_block,
       " tokens are too long for this kernel; choose a larger pool_block");
+  int device = 0, processors = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+  // all rows at once, where possible two CTAs to a multiprocessor: one loads while the other scores. Large clusters
+  // need their multiprocessors in one GPC, so they do not get the whole chip.
+  const int at_once = shared_bytes <= kHalfSharedBytes ? 2 * processors : processors;
+  const auto fits = [&](int ranks) { return args.rows.count * ranks <= (ranks <= 4 ? at_once : processors); };
   int ranks = 1;
-  while (ranks < 8 && 2 * ranks <= segments && ranks * args.rows.count < 4 * 132) ranks *= 2;
+  while (ranks < 8 && 2 * ranks <= segments && fits(2 * ranks)) ranks *= 2;
   check_cuda(
       cudaFuncSetAttribute(
           route_direct_kernel<kFragments>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
