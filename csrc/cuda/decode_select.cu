@@ -231,7 +231,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     const bool is_first_rank = row_start >= 0, is_last_rank = starts[row + 1] - begin <= page_count;
     if (is_first_rank && is_last_rank) {
       const auto cut = selection.find(keys, filled, k);
-      selection.emit(keys, filled, cut, [&](int place, int i) { out[place] = static_cast<int32_t>(position_of_key(i)); });
+      selection.emit(keys, filled, cut, [&](int place, int i) {
+        out[place] = static_cast<int32_t>(position_of_key(i));
+      });
     } else {
       // the shared memory is needed for further rows: the exchange reads what is kept of this one from global memory
       const bool spills = last < page_count;

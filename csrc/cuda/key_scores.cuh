@@ -81,8 +81,8 @@ struct HeadLayout {
   }
 };
 
-/// All threads of a block fill the B operand (1024-byte aligned, kQueryBytes) with a row's queries. `heads`: the `count`
-/// heads to use, null: heads 0 .. count - 1. A block barrier must follow.
+/// All threads of a block fill the B operand (1024-byte aligned, kQueryBytes) with a row's queries. `heads`: the
+/// `count` heads to use, null: heads 0 .. count - 1. A block barrier must follow.
 template <int kHeads>
 __device__ __forceinline__ void store_query(
     char* operand, const uint8_t* query, int64_t head_stride, const int32_t* heads, int count) {

@@ -143,8 +143,8 @@ __device__ __forceinline__ void convert_query(QueryFragment& fragment, const Que
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int step = 0; step < 8; ++step) {
-      const uint4 quarter = bytes.halves[half][step / 4];
-      const uint32_t word = step % 4 == 0 ? quarter.x : step % 4 == 1 ? quarter.y : step % 4 == 2 ? quarter.z : quarter.w;
+      const uint4 four = bytes.halves[half][step / 4];
+      const uint32_t word = step % 4 == 0 ? four.x : step % 4 == 1 ? four.y : step % 4 == 2 ? four.z : four.w;
       fragment.regs[step][half] = fp8x2_to_half2(word & 0xffff);
       fragment.regs[step][half + 2] = fp8x2_to_half2(word >> 16);
     }

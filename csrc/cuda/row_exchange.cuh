@@ -1,8 +1,8 @@
 // Exact top-k of rows whose keys are spread over several CTAs of a co-resident grid.
 //
 // The CTAs of a row ("ranks", in order of position) add up counts of their keys' digits in global memory, wait for one
-// another, and all walk the same totals, as TopK does in a cluster. As soon as the digit that holds the k-th largest key
-// holds few keys, the ranks list those and each finds the exact cut among them on its own: mostly two waits in all.
+// another, and all walk the same totals, as TopK does in a cluster. As soon as the digit that holds the k-th largest
+// key holds few keys, the ranks list those and each finds the exact cut among them on its own: mostly two waits in all.
 //
 // A CTA takes part in at most two rows, with its first and its last keys. It works on both in step: it enters what it
 // has into both before it waits for either, so that no chain of waits runs along the grid.
@@ -92,7 +92,8 @@ class RowExchange {
     const uint32_t remaining = part.remaining - shared_.above;
     const bool lists = shared_.inside <= kListedKeys, tied = !lists && part.shift == 0;
     const uint32_t digit_shift = part.shift;
-    const uint32_t next_shift = lists || tied ? digit_shift : max(0, static_cast<int>(digit_shift) - Selection::kDigitBits);
+    const uint32_t lower_shift = max(0, static_cast<int>(digit_shift) - Selection::kDigitBits);
+    const uint32_t next_shift = lists || tied ? digit_shift : lower_shift;
     __syncthreads();
     if (threadIdx.x == 0) {
       part.prefix = prefix;

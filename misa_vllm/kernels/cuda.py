@@ -111,8 +111,9 @@ def route_heads(
     workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     out = torch.empty(len(rows), active_heads, dtype=torch.int32, device=q.device)
     operators.route_heads(
-        q, gates, index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, pool_block, workspace, out
-    )
+        q, gates, index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, pool_block,
+        workspace, out,
+    )  # fmt: skip
     return out
 
 
