@@ -64,7 +64,8 @@ class MISAMetadataBuilder(AttentionMetadataBuilder[MISAMetadata]):
             max_visible=int(visible.max()) if len(visible) else 0,
             min_visible=int(visible.min()) if len(visible) else 0,
         )
-        metrics.count_queries(self.settings, rows.visible)
+        last = common.seq_lens[: len(query_lens)].numpy()
+        metrics.count_queries(self.settings, last - query_lens.numpy() + 1, last)
         return MISAMetadata(
             num_actual_tokens=tokens,
             rows=rows,

@@ -97,17 +97,31 @@ def _add(counter: str, amount: float) -> None:
         counters[COUNTERS.index(counter)] += amount
 
 
-def count_queries(settings: IndexerSettings, visible: torch.Tensor) -> None:
-    """Count a step's queries by path; visible [M] int32 on the CPU."""
-    selected_all = int((visible <= settings.topk).sum())
-    routed = int((visible >= settings.route_from).sum()) if settings.policy != "dsa" else 0
-    _add("all", selected_all)
+def count_queries(settings: IndexerSettings, first_visible: np.ndarray, last_visible: np.ndarray) -> None:
+    """Count a step's queries by path.
+
+    first_visible, last_visible [R]: how many keys the first and the last query of each request see; those in
+    between see one more each.
+    """
+
+    def queries_up_to(visible: int) -> int:
+        return int((np.minimum(last_visible, visible) - first_visible + 1).clip(min=0).sum())
+
+    every = queries_up_to(np.iinfo(np.int32).max)
+    selecting_all = queries_up_to(settings.topk)
+    routed = every - queries_up_to(settings.route_from - 1) if settings.policy != "dsa" else 0
+    _add("all", selecting_all)
     _add("routed", routed)
-    _add("exact", len(visible) - selected_all - routed)
+    _add("exact", every - selecting_all - routed)
 
 
 def audit(settings: IndexerSettings, step: IndexerStep, out: torch.Tensor) -> None:
-    """Compare every n-th routed query (by position) with exact DSA and count the share of its tokens found."""
+    """Compare every n-th routed query (by position) with exact DSA and count the share of its tokens found.
+
+    Reads results back to the host, so nothing is audited while a CUDA graph is captured or replayed.
+    """
+    if step.q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
     visible = step.rows.visible
     sampled = torch.nonzero((visible >= settings.route_from) & (visible % settings.audit_every == 0)).flatten()
     if not len(sampled):

@@ -107,9 +107,12 @@ def _wrap_classmethod(owner: type, name: str, wrapper) -> None:
 def _check_and_update_config(original, vllm_config) -> None:
     if vllm_config.model_config is None or not is_selected(vllm_config):
         return original(vllm_config)
+    from misa_vllm import metrics
+
     _report_errors_as_one_line()
     settings = settings_for(vllm_config)
     _refuse_unsupported(vllm_config)
+    metrics.export(settings)
     if vllm_config.device_config.device_type != "cpu":
         return original(vllm_config)
     # The platform's MLA kernels read 16-token pages and no context, so it forces that page size and turns
@@ -123,9 +126,6 @@ def _check_and_update_config(original, vllm_config) -> None:
     # model code hands it, every step rotates other elements. vLLM's torch implementation is right.
     vllm_config.compilation_config.custom_ops.append("-rotary_embedding")
     logger.info("MISA on CPU: pages of %d tokens, chunked prefill and prefix caching as configured.", PAGE_TOKENS)
-    from misa_vllm import metrics
-
-    metrics.export(settings)
 
 
 def _refuse_unsupported(vllm_config) -> None:
@@ -275,16 +275,20 @@ def _index_cache_backend():
     from misa_vllm import metrics
 
     class BuilderWithRows(DeepseekV32IndexerMetadataBuilder):
+        def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            self.settings = settings_for(vllm_config)
+
         def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
             metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
             metadata.query_start_loc = common_attn_metadata.query_start_loc
-            metadata.min_visible = 0
-            if metadata.num_decodes == 0 and metadata.num_prefills > 0:
-                # exact on the host for prefills only: a speculative decode's length is known on the device
-                starts = common_attn_metadata.query_start_loc_cpu
-                query_lens = starts[1:] - starts[:-1]
-                seq_lens = common_attn_metadata.seq_lens_cpu_upper_bound[: len(query_lens)]
-                metadata.min_visible = int((seq_lens - query_lens).min()) + 1
+            starts = common_attn_metadata.query_start_loc_cpu.numpy()
+            last = common_attn_metadata.seq_lens_cpu_upper_bound[: len(starts) - 1].numpy()
+            first = last - (starts[1:] - starts[:-1]) + 1
+            # exact on the host for prefills only: a speculative decode's length is known on the device
+            only_prefills = metadata.num_decodes == 0 and metadata.num_prefills > 0
+            metadata.min_visible = int(first.min()) if only_prefills else 0
+            metrics.count_queries(self.settings, first, last)
             return metadata
 
     class IndexerBackendWithRows(DeepseekV32IndexerBackend):
@@ -429,3 +433,39 @@ def _extend_generic_indexer() -> None:
             return self.topk_indices_buffer
 
         forward_native = forward_cpu
+
+    _rewind_generators_on_cpu()
+
+
+def _rewind_generators_on_cpu() -> None:
+    """Let a request with a seed be prefilled in chunks.
+
+    The token sampled at the end of an unfinished chunk is thrown away and the request's generator rewound, by
+    its Philox offset, which CPU generators do not have. vLLM never gets there as it turns chunks off on CPU.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    sample, bookkeeping_sync = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+
+    def discarded(runner) -> list[int]:
+        mask = runner.discard_request_mask.np[: runner.input_batch.num_reqs]
+        return [i for i in mask.nonzero()[0].tolist() if i in runner.input_batch.generators]
+
+    @functools.wraps(sample)
+    def _sample(self, *args, **kwargs):
+        generators = self.input_batch.generators
+        states = {i: generators[i].get_state() for i in discarded(self)}
+        output = sample(self, *args, **kwargs)
+        for i, state in states.items():
+            generators[i].set_state(state)
+        return output
+
+    @functools.wraps(bookkeeping_sync)
+    def _bookkeeping_sync(self, *args, **kwargs):
+        rewound = {i: self.input_batch.generators.pop(i) for i in discarded(self)}
+        try:
+            return bookkeeping_sync(self, *args, **kwargs)
+        finally:
+            self.input_batch.generators.update(rewound)
+
+    CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync = _sample, _bookkeeping_sync

@@ -1,5 +1,8 @@
 """Counters reach the server's registry from other processes; recall is the share of DSA's tokens."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -31,15 +34,22 @@ def test_recall_counts_shared_tokens_only():
 
 
 def test_queries_are_counted_by_path(directory):
-    metrics.count_queries(SETTINGS, torch.tensor([1, 4, 5, 63, 64, 1000], dtype=torch.int32))
+    # a prompt of 70 tokens in one step, one decode far out, one request with no query in this step
+    metrics.count_queries(SETTINGS, np.array([1, 1000, 31]), np.array([70, 1000, 30]))
     seen = samples(directory)
-    assert seen["misa:queries_total", "all"] == 2
-    assert seen["misa:queries_total", "exact"] == 2
-    assert seen["misa:queries_total", "routed"] == 2
+    assert seen["misa:queries_total", "all"] == 4
+    assert seen["misa:queries_total", "exact"] == 63 - 4
+    assert seen["misa:queries_total", "routed"] == 70 - 63 + 1
+
+
+def test_dsa_routes_nothing(directory):
+    metrics.count_queries(replace(SETTINGS, policy="dsa"), np.array([1]), np.array([70]))
+    seen = samples(directory)
+    assert [seen["misa:queries_total", path] for path in metrics.PATHS] == [4, 66, 0]
 
 
 def test_files_of_several_processes_are_added(directory):
-    metrics.count_queries(SETTINGS, torch.tensor([1], dtype=torch.int32))
+    metrics.count_queries(SETTINGS, np.array([1]), np.array([1]))
     (directory / "12345.f64").write_bytes((directory / next(directory.iterdir()).name).read_bytes())
     assert samples(directory)["misa:queries_total", "all"] == 2
 
@@ -47,6 +57,6 @@ def test_files_of_several_processes_are_added(directory):
 def test_nothing_is_written_where_nobody_serves_metrics(monkeypatch, tmp_path):
     monkeypatch.delenv(metrics.DIRECTORY_VARIABLE, raising=False)
     metrics._counters.cache_clear()
-    metrics.count_queries(SETTINGS, torch.tensor([1], dtype=torch.int32))
+    metrics.count_queries(SETTINGS, np.array([1]), np.array([1]))
     assert metrics._counters() is None
     metrics._counters.cache_clear()

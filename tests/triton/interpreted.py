@@ -1,7 +1,7 @@
 """The Triton kernels against the fp32 reference, at sizes that the interpreter can bear.
 
-Every unused byte of the cache is NaN and every unused entry of a block table is wild. The lists of the selection
-are made short, so that thresholds, overflowing lists and the path over all scores are reached with few tokens.
+Every unused byte of the cache is NaN and every unused entry of a block table is wild. The selection is made small,
+so that thresholds, overflowing lists and the path over all scores are reached with few tokens.
 """
 
 import pytest
@@ -20,10 +20,25 @@ ROWS = [(0, 0), (0, 200), (0, 129), (1, 64), (1, 63), (2, 65), (3, 1)]
 
 
 @pytest.fixture(autouse=True)
-def short_lists(monkeypatch):
-    monkeypatch.setattr(select, "MIN_LIST_SLOTS", 64)
-    monkeypatch.setattr(select, "LISTS", 4)
+def small_selection(monkeypatch):
+    monkeypatch.setattr(select, "MIN_ROW_SLOTS", 48)
+    monkeypatch.setattr(select, "MIN_TAKEN_SLOTS", 64)
     monkeypatch.setattr(select, "SAMPLE_STRIDE", 4)
+
+
+@pytest.fixture
+def repaired(monkeypatch):
+    """Per selection, which rows (of its last tile) had to be selected from all their scores."""
+    make, flags = select.scratch, []
+
+    def keep_flags(device, *specs):
+        tensors = make(device, *specs)
+        tensors[-1].zero_()
+        flags.append(tensors[-1])
+        return tensors
+
+    monkeypatch.setattr(select, "scratch", keep_flags)
+    return flags
 
 
 def make_case(lengths=LENGTHS, spec=ROWS, heads=HEADS, keys="random", seed=0):
