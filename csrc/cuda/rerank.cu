@@ -67,7 +67,8 @@ __global__ void __launch_bounds__(kThreads) rerank_kernel(const __grid_constant_
   char* key_tiles = shared;
   char* query = key_tiles + kWarpgroups * kStages * kKeyTileBytes;
   char* scale_tiles = query + Layout::kQueryBytes;
-  auto* topk_shared = reinterpret_cast<typename Selection::Shared*>(scale_tiles + kWarpgroups * kStages * kScaleTileBytes);
+  auto* topk_shared =
+      reinterpret_cast<typename Selection::Shared*>(scale_tiles + kWarpgroups * kStages * kScaleTileBytes);
   auto* cells = reinterpret_cast<uint32_t*>(topk_shared + 1);  // page * 64 + slot, later the key of the score
 
   const int ranks = kCluster ? static_cast<int>(cg::this_cluster().num_blocks()) : 1;
