@@ -17,13 +17,21 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from misa_vllm.indexer import Indexer  # noqa: E402
 from misa_vllm.models import tiny  # noqa: E402
 
-TOPK = 64
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these tests run the CPU engine")
+ON_GPU = torch.cuda.is_available()
+# vLLM's own kernels on GPUs want a power of two they were built for, and the attention head counts of real models
+TOPK = 512 if ON_GPU else 64
+SIZES = {"heads": 64, "hidden": 512} if ON_GPU else {}
+ON_DEVICE = (
+    # every query goes through the indexer, also where stock would attend densely and score nothing
+    {"attention_config": {"sparse_mla_force_mqa": True}, "gpu_memory_utilization": 0.2}
+    if ON_GPU
+    else {}
+)
 
 
 def write_model(folder, **sizes):
     """A model whose indexer selects few tokens, so that selection matters on short prompts."""
-    tiny.write_model(folder, tiny.TinySize(**{"topk": TOPK, "vocab": 600, **sizes}))
+    tiny.write_model(folder, tiny.TinySize(**{"topk": TOPK, "vocab": 600, **SIZES, **sizes}))
     return str(folder)
 
 
@@ -74,7 +82,10 @@ class Engine:
             model,
             attention_backend="misa",
             additional_config={"misa": {"pool_block": 64, **misa}},
-            **{"max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 4096, "enforce_eager": True, **options},
+            **{  # fmt: skip
+                "max_model_len": 8192, "max_num_seqs": 8, "max_num_batched_tokens": 8192, "enforce_eager": True,
+                **ON_DEVICE, **options,
+            },
         )
         self.layers: list[int] = []
         self.selected: list[dict[int, set[int]]] = []
@@ -88,7 +99,8 @@ class Engine:
                 engine.selected.append({})
             layer = engine.selected[engine.layers.index(id(indexer))]
             for visible, tokens in zip(rows.visible.tolist(), out.tolist(), strict=True):
-                layer[visible - 1] = {token for token in tokens if token >= 0}
+                if visible:  # rows that pad a batch see nothing
+                    layer[visible - 1] = {token for token in tokens if token >= 0}
 
         Indexer.select = record
 

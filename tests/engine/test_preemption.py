@@ -1,27 +1,25 @@
 """Requests that lose their pages and are recomputed give the same tokens and selections; no page is lost."""
 
-import copy
-
 import pytest
 
-from tests.engine.conftest import random_prompt
+from tests.engine.conftest import TOPK, random_prompt
 
-PAGES = 26
+PROMPT = TOPK + 536
+TOKENS = 200
+PAGES = 2 * (-(-(PROMPT + TOKENS) // 64))
+"""One less than both requests need at their end: the pool keeps a page for itself."""
 
 
 @pytest.fixture(scope="module")
 def engine(start_engine, deepseek_model):
     return start_engine(
-        deepseek_model, max_model_len=1024, num_gpu_blocks_override=PAGES, enable_prefix_caching=False
+        deepseek_model, max_model_len=2048, num_gpu_blocks_override=PAGES, enable_prefix_caching=False
     )
 
 
 def test_preempted_request_recovers(engine):
-    prompts = [random_prompt(600, seed=3), random_prompt(620, seed=4)]
-    alone, selections = [], []
-    for prompt in prompts:
-        alone += engine.generate([prompt], tokens=200)
-        selections.append(copy.deepcopy(engine.selected))
+    prompts = [random_prompt(PROMPT, seed=3), random_prompt(PROMPT, seed=4)]
+    alone = [engine.generate([prompt], tokens=TOKENS)[0] for prompt in prompts]
     free = engine.free_pages
     preempted = []
     preempt = engine.scheduler._preempt_request
@@ -32,8 +30,7 @@ def test_preempted_request_recovers(engine):
 
     engine.scheduler._preempt_request = count
     try:
-        # 2 x 13 pages at the end and one page that the pool keeps for itself do not fit into 26
-        together = engine.generate(prompts, tokens=200)
+        together = engine.generate(prompts, tokens=TOKENS)
     finally:
         engine.scheduler._preempt_request = preempt
     assert preempted, "the pool was large enough for both: nothing was preempted"

@@ -10,7 +10,7 @@ from tests.engine.conftest import random_prompt
 def test_seed_and_chunked_prefill(start_engine, deepseek_model, chunk):
     engine = start_engine(deepseek_model)
     drawn = []
-    for tokens_a_step in (4096, chunk):
+    for tokens_a_step in (8192, chunk):
         engine.set_chunk(tokens_a_step)
         engine.forget_prefixes()
         output = engine.llm.generate(

@@ -10,7 +10,7 @@ import torch
 import misa_vllm.kernels.triton as kernels
 from misa_vllm import reference
 from misa_vllm.index_cache import PAGE_BYTES, PAGE_TOKENS, means_view
-from misa_vllm.kernels.triton import scratch, select
+from misa_vllm.kernels.triton import score, scratch, select
 from misa_vllm.rows import QueryRows
 
 UNWRITTEN = -7
@@ -153,14 +153,59 @@ def test_rows_outside_the_bounds_keep_their_output(bounds):
     assert as_sets(selected(kernels, q, gates, None, cache, rows, 40, **bounds)) == as_sets(expected)
 
 
+@pytest.mark.parametrize("active_heads", [3, 8, 16])
+def test_many_rows_of_one_request(active_heads, monkeypatch, repaired):
+    monkeypatch.setattr(score, "multiprocessors", lambda device: 1 + active_heads // 8)  # one or more splits
+    spec = [(0, visible) for visible in range(180, 200)] + [(1, 1), (1, 64), (1, 130)]
+    q, gates, cache, rows = make_case(lengths=[200, 130], spec=spec, heads=16)
+    heads = reference.route_heads(q, gates, cache, rows, active_heads, 64)
+    expected = selected(reference, q, gates, heads, cache, rows, 17)
+    assert as_sets(selected(kernels, q, gates, heads, cache, rows, 17)) == as_sets(expected)
+    assert sum(int(flags.sum()) for flags in repaired) < len(spec)
+
+
+def test_rows_that_the_sample_fails_are_repaired(repaired):
+    q, gates, cache, rows = make_case(keys="constant")  # all scores reach the threshold: too many for the lists
+    tokens = selected(kernels, q, gates, None, cache, rows, 17)
+    assert as_sets(tokens[rows.visible > 17]) == [set(range(17))] * 5
+    assert torch.equal(repaired[0], (rows.visible > 64).int())
+
+
+def test_an_overflowing_list_is_noticed(monkeypatch, repaired):
+    q, gates, cache, rows = make_case()
+    gates = gates.abs()
+    monkeypatch.setattr(select, "MIN_ROW_SLOTS", 16)  # some 30 scores are kept for k = 17
+    monkeypatch.setattr(select, "MIN_TAKEN_SLOTS", 16)
+    monkeypatch.setattr(select, "TRANSIENT_BYTES", 9000)
+    expected = selected(reference, q, gates, None, cache, rows, 17)
+    assert as_sets(selected(kernels, q, gates, None, cache, rows, 17)) == as_sets(expected)
+    assert sum(int(flags.sum()) for flags in repaired) > 0
+
+
 def test_more_rows_than_a_tile_of_the_transient_memory(monkeypatch):
     q, gates, cache, rows = make_case()
     whole = selected(kernels, q, gates, None, cache, rows, 17)
-    monkeypatch.setattr(select, "TRANSIENT_BYTES", 3 * select.workspace_bytes(1, rows.max_visible, 17))
+    limit = 3 * (4 * 2 * 64 + 1024)  # three rows with lists of 64 entries
+    monkeypatch.setattr(select, "TRANSIENT_BYTES", limit)
     make, allocated = scratch.scratch, []
     monkeypatch.setattr(select, "scratch", lambda device, *specs: allocated.append(specs) or make(device, *specs))
-    assert torch.equal(selected(kernels, q, gates, None, cache, rows, 17), whole)
-    assert max(map(lambda specs: scratch.spec_bytes(*specs), allocated)) <= select.TRANSIENT_BYTES
+    assert as_sets(selected(kernels, q, gates, None, cache, rows, 17)) == as_sets(whole)
+    assert allocated[0][1][0][0] <= 3  # rows of the lists' counts
+    assert max(map(lambda specs: scratch.spec_bytes(*specs), allocated)) <= limit
+
+
+@pytest.mark.parametrize("rows, requests", [(1, 1), (3, 3), (64, 32), (128, 128), (2048, 1), (8192, 4)])
+@pytest.mark.parametrize("max_visible", [3000, 2**17, 2**20])
+@pytest.mark.parametrize("k", [2048, 8192])
+def test_selections_stay_within_the_stated_workspace(rows, requests, max_visible, k, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(score, "multiprocessors", lambda device: 132)
+    plan = select.plan_selection(torch.device("cpu"), rows, requests, max_visible, k, 8)
+    stated = select.workspace_bytes(rows, max_visible, k)
+    assert scratch.spec_bytes(*plan.specs) <= stated <= scratch.TRANSIENT_BYTES
+    # lists that hold every key of an unsampled row, and room to select one row from all its scores
+    assert plan.list_slots * plan.tiling.lists >= min(plan.unsampled, max_visible)
+    assert plan.pool_words >= plan.repair_programs * plan.repair_stride
 
 
 def test_workspace_is_bounded_at_a_million_tokens():
