@@ -19,13 +19,18 @@ constexpr int kThresholdThreads = 256;
 // How many standard deviations of a sampled rank lie between the rank aimed at and k.
 constexpr float kSampleMargin = 5.0f;
 
-// One block per slot: the sampled score that, up to sampling error, a few more than k keys of the row reach.
+// One block per slot: the sample that, up to sampling error, a few more than k keys of the row outrank. Keys outrank
+// each other by score, then by position: a score that very many keys share (0, where no head is active) must not let
+// all of them pass.
 __global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __grid_constant__ Params p) {
   extern __shared__ uint32_t keys[];
   __shared__ SelectScratch scratch;
   __shared__ uint32_t valid, lowest, highest;
   const int slot = blockIdx.x;
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
   if (threadIdx.x == 0) {
+    p.last_tie[slot] = INT32_MAX;
     p.undecided[slot] = 0;
     if (slot == 0) *p.undecided_count = *p.arrived = 0;
     valid = 0;
@@ -73,10 +78,22 @@ __global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __gr
       if (keys[i] != 0) visit(keys[i]);
     }
   };
-  // two steps resolve 22 bits of the range; any lower bound of the sample of that rank will do
   Cut cut{lowest, highest - lowest, rank, false};
-  for (int step = 0; step < 2 && !cut.done; ++step) cut = narrow_cut<kThresholdThreads>(cut, for_each, scratch);
-  if (threadIdx.x == 0) p.threshold[slot] = float_of_order_key(static_cast<uint32_t>(cut.low));
+  while (!cut.done) cut = narrow_cut<kThresholdThreads>(cut, for_each, scratch);
+  const uint32_t cut_key = static_cast<uint32_t>(cut.low);
+  if (threadIdx.x == 0) p.threshold[slot] = float_of_order_key(cut_key);
+  if (cut.inside == cut.need) return;
+  // more samples than needed equal the threshold: the need-th of them, in order of position, is the last to pass
+  const int share = p.num_samples / kThresholdThreads + 1;
+  const int begin = min(p.num_samples, static_cast<int>(threadIdx.x) * share), end = min(p.num_samples, begin + share);
+  uint32_t own = 0, total;
+  for (int i = begin; i < end; ++i) own += keys[i] == cut_key;
+  uint32_t before = block_exclusive_sum<kThresholdThreads>(own, scratch.warp_sums, total);
+  if (before < cut.need && before + own >= cut.need) {
+    int i = begin;
+    while (before += keys[i] == cut_key, before < cut.need) ++i;
+    p.last_tie[slot] = i;
+  }
 }
 
 // ---------------------------------------------------------------- selection from the lists
@@ -84,20 +101,21 @@ __global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __gr
 constexpr int kFinalThreads = 512;
 constexpr int kMaxSplits = 32;
 
-__host__ __device__ constexpr size_t final_shared_bytes(int64_t entries, int64_t k) {
-  return entries * sizeof(uint64_t) + k * sizeof(int32_t);
-}
+// The final kernel holds a row's entries in registers, so many of them per thread at most.
+constexpr int kMostThreadEntries = 48;
 
 // One block per slot: writes the row's selection, ascending, or marks the row undecided if a list overflowed or the
-// threshold let fewer than k keys pass.
+// threshold let fewer than k keys pass. A thread has up to kEntries entries.
+template <int kEntries>
 __global__ __launch_bounds__(kFinalThreads) void final_kernel(const __grid_constant__ Params p) {
-  extern __shared__ uint64_t entries[];
+  extern __shared__ int32_t sorted[];
   __shared__ SelectScratch scratch;
   __shared__ uint32_t offsets[kMaxSplits + 1];
   __shared__ bool overflow;
   __shared__ uint32_t lowest_key, highest_key;
   const int slot = blockIdx.x;
   const int row = p.row_begin + slot;
+  ptx::wait_for_previous_kernel();
   const int visible = p.rows.visible[row];
   if (visible < p.written_from || visible >= p.scored_to) return;
   int32_t* out = p.out + row * p.out_row_stride;
@@ -133,17 +151,26 @@ __global__ __launch_bounds__(kFinalThreads) void final_kernel(const __grid_const
     return;
   }
 
+  // 0 stands for no entry: no score has the order key 0
+  uint64_t values[kEntries];
   uint32_t low = 0xFFFFFFFFu, high = 0;
-  for (int split = 0; split < p.splits; ++split) {
-    const uint2* list = p.lists + (static_cast<int64_t>(slot) * p.splits + split) * p.list_capacity;
-    const uint32_t begin = offsets[split], count = offsets[split + 1] - begin;
-    for (uint32_t i = threadIdx.x; i < count; i += kFinalThreads) {
-      const uint2 entry = list[i];
-      const uint64_t value = rank_value(__uint_as_float(entry.x), entry.y);
-      entries[begin + i] = value;
-      low = min(low, static_cast<uint32_t>(value >> 32));
-      high = max(high, static_cast<uint32_t>(value >> 32));
+  const uint2* lists = p.lists + static_cast<int64_t>(slot) * p.splits * p.list_capacity;
+  int split = 0;
+#pragma unroll
+  for (int j = 0; j < kEntries; ++j) {
+    const uint32_t i = threadIdx.x + j * kFinalThreads;
+    values[j] = 0;
+    if (i < total) {
+      while (i >= offsets[split + 1]) ++split;
+      const uint2 entry = lists[split * p.list_capacity + (i - offsets[split])];
+      values[j] = rank_value(__uint_as_float(entry.x), entry.y);
     }
+  }
+#pragma unroll
+  for (int j = 0; j < kEntries; ++j) {
+    const uint32_t key = static_cast<uint32_t>(values[j] >> 32);
+    high = max(high, key);
+    if (key != 0) low = min(low, key);
   }
   low = __reduce_min_sync(0xFFFFFFFFu, low);
   high = __reduce_max_sync(0xFFFFFFFFu, high);
@@ -153,14 +180,14 @@ __global__ __launch_bounds__(kFinalThreads) void final_kernel(const __grid_const
   }
   __syncthreads();
   auto for_each = [&](auto&& visit) {
-    for (uint32_t i = threadIdx.x; i < total; i += kFinalThreads) visit(entries[i]);
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) visit(values[j]);
   };
   const uint64_t cut = kth_largest<kFinalThreads>(static_cast<uint64_t>(lowest_key) << 32,
                                                   (static_cast<uint64_t>(highest_key) << 32) | 0xFFFFFFFFu, p.k,
                                                   for_each, scratch);
 
   // Ascending positions by a counting sort: buckets of equal width, then the rank inside the bucket
-  int32_t* sorted = reinterpret_cast<int32_t*>(entries + static_cast<int64_t>(p.splits) * p.list_capacity);
   const int width_log2 = max(0, 32 - __clz(visible - 1) - kSelectBinsLog2);
   for (int bin = threadIdx.x; bin < kSelectBins; bin += kFinalThreads) scratch.bins[bin] = 0;
   __syncthreads();
@@ -219,7 +246,6 @@ __global__ __launch_bounds__(kFinalThreads) void undecided_kernel(const __grid_c
 
 // Bytes of lists, samples or dense scores; a single row's dense scores may need more
 constexpr int64_t kRegionBytes = 60ll << 20;
-constexpr int64_t kMaxFinalShared = 200ll << 10;
 constexpr int kMinSamples = 1024;
 constexpr int kMaxSamples = 12288;
 // Samples aimed at among the k best: 64 make lists of 1.6 k entries; k / 32 cost 1 / 32 of the scoring
@@ -228,6 +254,10 @@ constexpr int64_t kSampledShare = 32;
 // What a block does besides its pages (queries, pipeline fill), and a launch besides its blocks, in pages
 constexpr int kItemOverheadPages = 6;
 constexpr int kLaunchOverheadPages = 30;
+// Positions that the final kernel sorts in shared memory
+constexpr int kMaxSorted = 16384;
+// A list has room for so many standard deviations more than it is expected to get.
+constexpr double kListMargin = 5.0;
 
 struct Plan {
   int launch_rows;  // rows of one launch
@@ -265,7 +295,7 @@ int best_splits(int64_t tiles, int64_t pages, int multiprocessors) {
 }
 
 Plan make_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visible, int multiprocessors) {
-  const int64_t tile_rows = kGroups * 2 * kHalfColumns / padded_heads(heads);
+  const int64_t tile_rows = kGroups * kColumns / padded_heads(heads);
   const int64_t pages = std::max<int64_t>(1, ceil_div(max_visible, kPageTokens));
   const int64_t dense_stride = pages * kPageTokens;
   // Of a sample of n keys, k n / N belong to the k best of N, give or take the root of that
@@ -274,7 +304,7 @@ Plan make_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visible, int 
       round_up(std::min<int64_t>(std::max<int64_t>(wanted, kMinSamples), kMaxSamples), kPageTokens);
   const double best_sampled = static_cast<double>(k) * samples / std::max<int64_t>(max_visible, 1);
   const double rank = best_sampled + kSampleMargin * std::sqrt(best_sampled);
-  const double most_kept = k * rank / best_sampled * (1 + 6 / std::sqrt(rank));
+  const double kept = k * rank / best_sampled;
 
   Plan best{};
   int64_t best_time = INT64_MAX;
@@ -284,12 +314,14 @@ Plan make_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visible, int 
     plan.launch_rows = static_cast<int>(tiles * tile_rows);
     plan.splits = best_splits(tiles, pages, multiprocessors);
     const int64_t all_of_split = ceil_div(pages, plan.splits) * kPageTokens;
-    const double share = most_kept / plan.splits;
-    const int64_t capacity = round_up(static_cast<int64_t>(share + 6 * std::sqrt(share)) + kPageTokens, 16);
+    // the sampled rank varies, and so does what a split gets of the keys above it
+    const double share = kept / plan.splits;
+    const double deviation = std::sqrt(share * share / rank + share);
+    const int64_t capacity = round_up(static_cast<int64_t>(share + kListMargin * deviation) + 16, 16);
     plan.num_samples = capacity < all_of_split ? static_cast<int>(samples) : 0;
     plan.list_capacity = static_cast<int>(std::min(capacity, all_of_split));
-    if (static_cast<int64_t>(final_shared_bytes(static_cast<int64_t>(plan.list_capacity) * plan.splits, k)) >
-        kMaxFinalShared) {
+    if (static_cast<int64_t>(plan.list_capacity) * plan.splits > kMostThreadEntries * kFinalThreads ||
+        k > kMaxSorted) {
       plan.list_capacity = plan.num_samples = 0;
     }
     const int64_t row_bytes = std::max<int64_t>(
@@ -326,13 +358,14 @@ const Plan& cached_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visi
 
 // Where a launch's arrays lie in the workspace.
 struct Layout {
-  int64_t threshold, counts, undecided, bytes;
+  int64_t threshold, last_tie, counts, undecided, bytes;
 };
 
 Layout workspace_layout(int64_t max_visible) {
   Layout layout;
   layout.threshold = std::max<int64_t>(kRegionBytes, round_up(max_visible, kPageTokens) * sizeof(float));
-  layout.counts = layout.threshold + kMaxLaunchRows * sizeof(float);
+  layout.last_tie = layout.threshold + kMaxLaunchRows * sizeof(float);
+  layout.counts = layout.last_tie + kMaxLaunchRows * sizeof(int32_t);
   layout.undecided = layout.counts + kMaxLaunchRows * kMaxSplits * sizeof(uint32_t);
   layout.bytes = layout.undecided + (kMaxLaunchRows + 2) * sizeof(uint32_t);
   return layout;
@@ -346,42 +379,48 @@ int multiprocessor_count(int device) {
   return count;
 }
 
-template <typename Kernel>
-void allow_shared(Kernel* kernel, size_t bytes) {
-  check_cuda(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-      "shared memory of the prefill kernels");
-}
-
-template <int kHeads, Mode kMode>
-void launch_score(const CUtensorMap& map, const Params& p, int blocks, cudaStream_t stream) {
-  constexpr size_t kBytes = sizeof(Shared<kHeads>) + 1024;
-  allow_shared(score_kernel<kHeads, kMode>, kBytes);
-  score_kernel<kHeads, kMode><<<blocks, kThreads, kBytes, stream>>>(map, p);
-  check_cuda(cudaGetLastError(), "prefill scores");
-}
-
-template <int kHeads>
-void launch_repair(const CUtensorMap& map, const Params& p, int blocks, cudaStream_t stream) {
-  constexpr size_t kBytes = sizeof(Shared<kHeads>) + 1024 + sizeof(RepairShared);
-  allow_shared(repair_kernel<kHeads>, kBytes);
-  cudaLaunchAttribute cooperative;
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
+template <typename... Args>
+void launch(void (*kernel)(Args...), int blocks, int threads, size_t shared, cudaStream_t stream,
+            cudaLaunchAttributeID attribute, const std::common_type_t<Args>&... args) {
+  cudaLaunchAttribute attrs[1]{};
+  attrs[0].id = attribute;
+  if (attribute == cudaLaunchAttributeCooperative) {
+    attrs[0].val.cooperative = 1;
+  } else {
+    attrs[0].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kBytes;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &cooperative;
+  config.attrs = attrs;
   config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, repair_kernel<kHeads>, map, p), "prefill repair");
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+             "shared memory of the prefill kernels");
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "prefill selection");
+}
+
+// Its blocks may start before the previous kernel has ended: they wait for it where they need it.
+constexpr cudaLaunchAttributeID kOverlaps = cudaLaunchAttributeProgrammaticStreamSerialization;
+// Its blocks all run at the same time.
+constexpr cudaLaunchAttributeID kTogether = cudaLaunchAttributeCooperative;
+
+void launch_final(const Params& p, cudaStream_t stream) {
+  const size_t shared = p.k * sizeof(int32_t);
+  const int entries = static_cast<int>(ceil_div(static_cast<int64_t>(p.list_capacity) * p.splits, kFinalThreads));
+  auto* kernel = entries <= 8    ? final_kernel<8>
+                 : entries <= 12 ? final_kernel<12>
+                 : entries <= 20 ? final_kernel<20>
+                                 : final_kernel<kMostThreadEntries>;
+  launch(kernel, p.num_rows, kFinalThreads, shared, stream, kOverlaps, p);
 }
 
 template <int kHeads>
 void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap& page_map,
          const CUtensorMap& sample_map, int multiprocessors, cudaStream_t stream) {
   constexpr int kTileRows = Tile<kHeads>::kQueries;
+  constexpr size_t kShared = sizeof(Shared<kHeads>);
   for (int64_t begin = 0; begin < rows; begin += plan.launch_rows) {
     Params p = common;
     p.row_begin = static_cast<int>(begin);
@@ -390,22 +429,20 @@ void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap
     if (plan.list_capacity > 0) {
       if (p.num_samples > 0) {
         p.splits = plan.sample_splits;
-        launch_score<kHeads, Mode::kSample>(sample_map, p, std::min(tiles * p.splits, multiprocessors), stream);
+        launch(score_kernel<kHeads, Mode::kSample>, std::min(tiles * p.splits, multiprocessors), kThreads, kShared,
+               stream, kOverlaps, sample_map, p);
         p.splits = plan.splits;
       }
-      allow_shared(threshold_kernel, p.num_samples * sizeof(uint32_t));
-      threshold_kernel<<<p.num_rows, kThresholdThreads, p.num_samples * sizeof(uint32_t), stream>>>(p);
-      check_cuda(cudaGetLastError(), "prefill thresholds");
-      launch_score<kHeads, Mode::kCollect>(page_map, p, std::min(tiles * p.splits, multiprocessors), stream);
-      const size_t shared = final_shared_bytes(static_cast<int64_t>(p.list_capacity) * p.splits, p.k);
-      allow_shared(final_kernel, shared);
-      final_kernel<<<p.num_rows, kFinalThreads, shared, stream>>>(p);
+      launch(threshold_kernel, p.num_rows, kThresholdThreads, p.num_samples * sizeof(uint32_t), stream, kOverlaps, p);
+      launch(score_kernel<kHeads, Mode::kCollect>, std::min(tiles * p.splits, multiprocessors), kThreads, kShared,
+             stream, kOverlaps, page_map, p);
+      launch_final(p, stream);
     } else {
       undecided_kernel<<<p.num_rows, kFinalThreads, 0, stream>>>(p);
+      check_cuda(cudaGetLastError(), "prefill selection");
     }
-    check_cuda(cudaGetLastError(), "prefill selection");
     p.splits = best_splits(ceil_div(p.dense_rows, kTileRows), p.dense_stride / kPageTokens, multiprocessors);
-    launch_repair<kHeads>(page_map, p, multiprocessors, stream);
+    launch(repair_kernel<kHeads>, multiprocessors, kThreads, kShared, stream, kTogether, page_map, p);
   }
 }
 
@@ -474,6 +511,7 @@ void prefill_select(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
   p.k = static_cast<int>(k);
   p.splits = plan.splits;
   p.threshold = reinterpret_cast<float*>(base + layout.threshold);
+  p.last_tie = reinterpret_cast<int32_t*>(base + layout.last_tie);
   p.counts = reinterpret_cast<uint32_t*>(base + layout.counts);
   p.undecided = reinterpret_cast<uint32_t*>(base + layout.undecided);
   p.undecided_count = p.undecided + kMaxLaunchRows;
@@ -515,7 +553,8 @@ void prefill_scores(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
     constexpr int kHeads = decltype(padded)::value;
     const int64_t items = ceil_div(rows, Tile<kHeads>::kQueries) * p.splits;
     const int blocks = static_cast<int>(std::min<int64_t>(items, multiprocessor_count(q.get_device_index())));
-    launch_score<kHeads, Mode::kDense>(page_map, p, blocks, current_stream(q));
+    launch(score_kernel<kHeads, Mode::kDense>, blocks, kThreads, sizeof(Shared<kHeads>), current_stream(q), kOverlaps,
+           page_map, p);
   });
 }
 

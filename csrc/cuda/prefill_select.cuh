@@ -4,10 +4,11 @@
 // wgmma and (query, head) pairs its columns, permuted so that all heads of a query lie in columns of one thread: the
 // sum over heads is private to a thread, and its order (ascending head) never depends on the tile.
 //
-//   warps 0..3, 4..7   two consumer warpgroups, 256 columns each, as two halves of 128 so that the tensor cores work
-//                      on one half while the CUDA cores sum the other
-//   warp 8             producer: pages by the copy engine through a ring of mbarriers; its warpgroup is there only
-//                      to give its registers to the consumers
+//   warps 0..3, 4..7   two consumer warpgroups, 256 columns each, which take turns: the tensor cores work for one
+//                      while the other sums on the CUDA cores
+//   warp 8             producer: pages by the copy engine through a ring of mbarriers
+//   warps 9..11        move scores that passed their row's threshold from queues in shared memory to the rows' lists,
+//                      so that the consumers never wait for an atomic or for global memory
 //
 // NOTES.md beside this file has the arithmetic behind the shapes.
 #pragma once
@@ -26,15 +27,17 @@ constexpr int kStages = 6;
 constexpr int kGroups = 2;
 constexpr int kGroupThreads = 128;
 constexpr int kConsumerThreads = kGroups * kGroupThreads;
+constexpr int kConsumerWarps = kConsumerThreads / 32;
 constexpr int kWorkingThreads = kConsumerThreads + 32;  // consumers and the producer warp
 constexpr int kThreads = kConsumerThreads + kGroupThreads;
-constexpr int kConsumerRegisters = 240;
-constexpr int kProducerRegisters = 24;
-constexpr int kHalfColumns = 128;
-constexpr int kHalfBytes = kHalfColumns * kHeadDim;
+constexpr int kCollectorWarps = (kThreads - kWorkingThreads) / 32;
+constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 40;
+constexpr int kColumns = 256;  // of a group
 // A row that takes no part counts from here, past any capacity.
 constexpr uint32_t kClosedList = 0x80000000u;
 constexpr uint32_t kInvalidSample = 0xFFFFFFFFu;
+constexpr uint32_t kNoMoreQueues = 0xFFFFFFFFu;
 constexpr int kMaxLaunchRows = 4096;
 
 enum class Mode {
@@ -67,6 +70,7 @@ struct Params {
   int splits;  // blocks that share the keys of one tile: block s takes pages s, s + splits, ...
 
   float* threshold;    // [num_rows]
+  int32_t* last_tie;   // [num_rows]: of keys that equal the threshold, those up to this sample's position are kept
   uint32_t* counts;    // [num_rows, splits]; more than list_capacity: the list overflowed
   uint2* lists;        // [num_rows, splits, list_capacity] of (score bits, position)
   int list_capacity;
@@ -88,22 +92,21 @@ struct Params {
 template <int kHeads>
 struct Tile {
   static_assert(kHeads == 4 || kHeads == 8 || kHeads == 16 || kHeads == 32 || kHeads == 64);
-  static constexpr int kGroupQueries = 2 * kHalfColumns / kHeads;
+  static constexpr int kGroupQueries = kColumns / kHeads;
   static constexpr int kQueries = kGroups * kGroupQueries;
-  // A thread's columns are 64 of a group's 256: these many queries, of which each half of the columns has
+  // A thread's columns are 64 of a group's 256
   static constexpr int kThreadQueries = 64 / kHeads;
-  static constexpr int kHalfQueries = kHeads == 64 ? 1 : kThreadQueries / 2;
-  static constexpr int kHalfHeads = kHeads == 64 ? 32 : kHeads;
-  // Scores above the threshold wait in a queue of the thread's own, which is emptied into the lists once a queue of
-  // the warp holds kFullQueue; a page adds at most 2 kThreadQueries more.
+  // Scores above the threshold wait in a queue of the thread's own. A warp hands its queues over once one of them
+  // holds kFullQueue, which is looked at after every kCheckedQueries queries: those add at most 2 each.
   static constexpr int kFullQueue = 8;
-  static constexpr int kQueue = kFullQueue + 2 * kThreadQueries;
+  static constexpr int kCheckedQueries = kThreadQueries < 8 ? kThreadQueries : 8;
+  static constexpr int kQueue = kFullQueue - 1 + 2 * kCheckedQueries;
 };
 
 template <int kHeads>
 struct Shared {
   using T = Tile<kHeads>;
-  alignas(1024) uint8_t q[kGroups][2][kHalfBytes];
+  alignas(1024) uint8_t q[kGroups][kColumns * kHeadDim];
   alignas(1024) uint8_t keys[kStages][kKeyBytes];
   alignas(128) float scales[kStages][kPageTokens];
   uint64_t full[kStages];
@@ -115,13 +118,20 @@ struct Shared {
   int32_t leader[T::kQueries];
   int32_t leader_visible[T::kQueries];
   uint32_t leaders[(T::kQueries + 31) / 32];
+  int32_t tile;
+  int32_t split;
   // Of each row, ordered so that the rows of one thread are neighbours
   alignas(16) float threshold[T::kQueries];
   alignas(16) uint32_t count[T::kQueries];
   alignas(16) int32_t limit[T::kQueries];
+  alignas(16) int32_t tie_limit[T::kQueries];
   alignas(16) float gates[kGroups][4][64];
-  // (score bits, page << 5 | query << 1 | key row / 8 % 2) of a thread's queue
-  uint2 queue[T::kQueue][kConsumerThreads];
+  // Two queues of each thread, filled in turn, of (score bits, page << 5 | query << 1 | key row / 8 % 2). Queue n of
+  // a warp is handed over when handed = n + 1, and free again when emptied = n + 1.
+  uint2 queue[2][T::kQueue][kConsumerThreads];
+  uint32_t queue_length[2][kConsumerThreads];
+  uint32_t handed[kConsumerWarps];
+  uint32_t emptied[kConsumerWarps];
 };
 
 // The copy ring's position; producer and consumers step through it alike.
@@ -150,6 +160,32 @@ __device__ __forceinline__ int sample_position(int x, uint64_t step) {
   return static_cast<int>(from + __umulhi(hash, to - from));
 }
 
+// How many samples lie before the position `limit`.
+__device__ __forceinline__ int samples_below(int limit, uint64_t step, int num_samples) {
+  int x = static_cast<int>(min(static_cast<uint64_t>(num_samples), (static_cast<uint64_t>(limit) << 32) / step));
+  while (x < num_samples && sample_position(x, step) < limit) ++x;
+  while (x > 0 && sample_position(x - 1, step) >= limit) --x;
+  return x;
+}
+
+// Neighbouring floats, in as few loads as their number allows.
+template <int kCount>
+__device__ __forceinline__ void load_floats(float (&to)[kCount], const float* from) {
+  if constexpr (kCount % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+      const float4 four = reinterpret_cast<const float4*>(from)[i];
+      to[4 * i] = four.x;
+      to[4 * i + 1] = four.y;
+      to[4 * i + 2] = four.z;
+      to[4 * i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = from[i];
+  }
+}
+
 template <Mode kMode>
 __device__ __forceinline__ int tiles_of_split(const Params& p, int visible, int split) {
   const int pages = kMode == Mode::kSample ? p.num_samples / kPageTokens : (visible + kPageTokens - 1) / kPageTokens;
@@ -157,19 +193,126 @@ __device__ __forceinline__ int tiles_of_split(const Params& p, int visible, int 
 }
 
 // Appends (score, tag) to the thread's queue unless the score is below the threshold; a NaN is not below anything.
-// Two predicated instructions: in about half of all warps some lane appends, so a branch would be taken and split.
+// Predicated, for in about half of all warps some lane appends; the queue's end is a chain of single additions.
 __device__ __forceinline__ void append(uint32_t& queue_end, float score, float threshold, uint32_t tag) {
+  uint32_t step;
   asm volatile(
       "{\n.reg .pred p;\n"
-      "setp.geu.f32 p, %1, %2;\n"
-      "@p st.shared.v2.b32 [%0], {%1, %3};\n"
-      "@p add.u32 %0, %0, %4;\n}\n"
-      : "+r"(queue_end)
-      : "f"(score), "f"(threshold), "r"(tag), "n"(kConsumerThreads * sizeof(uint2))
+      "setp.geu.f32 p, %2, %3;\n"
+      "@p st.shared.v2.b32 [%1], {%2, %4};\n"
+      "selp.u32 %0, %5, 0, p;\n}\n"
+      : "=r"(step)
+      : "r"(queue_end), "f"(score), "f"(threshold), "r"(tag), "n"(kConsumerThreads * sizeof(uint2))
       : "memory");
+  queue_end += step;
 }
 
-enum Barrier { kItemBarrier = 1, kConsumerBarrier, kGroupBarrier };  // one kGroupBarrier + g per group; 7: selection
+// The queue that a thread fills, one of its two; `handed` counts those that its warp has handed over.
+template <int kHeads>
+struct Queue {
+  using T = Tile<kHeads>;
+  static constexpr uint32_t kStep = kConsumerThreads * sizeof(uint2);
+
+  uint32_t end;
+  uint32_t full;
+  uint32_t& handed;
+
+  __device__ __forceinline__ Queue(Shared<kHeads>& sh, uint32_t& handed) : handed(handed) { start(sh); }
+
+  __device__ __forceinline__ void start(Shared<kHeads>& sh) {
+    end = ptx::smem_address(&sh.queue[handed % 2][0][threadIdx.x]);
+    full = end + T::kFullQueue * kStep;
+  }
+
+  __device__ __forceinline__ void hand_over_if_full(Shared<kHeads>& sh) {
+    if (__any_sync(0xFFFFFFFFu, end >= full)) hand_over(sh);
+  }
+
+  __device__ __forceinline__ void hand_over(Shared<kHeads>& sh) {
+    const int warp = threadIdx.x / 32;
+    sh.queue_length[handed % 2][threadIdx.x] = (end - full + T::kFullQueue * kStep) / kStep;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::store_release(&sh.handed[warp], handed + 1);
+    // the other queue, handed over before this one, must be free
+    while (static_cast<int32_t>(ptx::load_acquire(&sh.emptied[warp]) - handed) < 0) {
+    }
+    ++handed;
+    start(sh);
+  }
+};
+
+template <int kHeads>
+__device__ __forceinline__ void wait_until_emptied(Shared<kHeads>& sh, uint32_t handed) {
+  while (ptx::load_acquire(&sh.emptied[threadIdx.x / 32]) != handed) {
+  }
+}
+
+// Moves one queue of each thread of a consumer warp to the lists of their rows.
+template <int kHeads>
+__device__ __forceinline__ void empty_queues(const Params& p, int consumer_warp, int which, Shared<kHeads>& sh) {
+  using T = Tile<kHeads>;
+  constexpr int kBatch = 4;  // atomics in flight
+  const int lane = threadIdx.x % 32, c = lane % 4;
+  const int thread = consumer_warp * 32 + lane;
+  const int group = thread / kGroupThreads;
+  const int key_row = consumer_warp % 4 * 16 + lane / 4;
+  const int first = group * T::kGroupQueries + c * T::kThreadQueries;
+  const int first_slot = sh.tile * T::kQueries + group * T::kGroupQueries + c;
+  const int length = sh.queue_length[which][thread];
+  const int longest = __reduce_max_sync(0xFFFFFFFFu, length);
+#pragma unroll 1
+  for (int begin = 0; begin < longest; begin += kBatch) {
+    uint2 entry[kBatch];
+    uint32_t place[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      place[i] = kClosedList;
+      if (begin + i >= length) continue;
+      entry[i] = sh.queue[which][begin + i][thread];
+      const int own = first + entry[i].y / 2 % 16;
+      entry[i].y = entry[i].y / 32 * kPageTokens + key_row + entry[i].y % 2 * 8;
+      const int32_t position = static_cast<int32_t>(entry[i].y);
+      const bool late_tie = position >= sh.tie_limit[own] && __uint_as_float(entry[i].x) == sh.threshold[own];
+      if (position < sh.limit[own] && !late_tie) place[i] = own;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (place[i] == kClosedList) continue;
+      const int query = place[i] - first;
+      const uint32_t list = ((first_slot + query * 4) * p.splits + sh.split) * p.list_capacity;
+      place[i] = atomicAdd(&sh.count[place[i]], 1u);
+      if (place[i] < static_cast<uint32_t>(p.list_capacity)) p.lists[list + place[i]] = entry[i];
+    }
+  }
+}
+
+// What the collector warps do until the consumers have handed over their last queues.
+template <int kHeads>
+__device__ __forceinline__ void empty_all_queues(const Params& p, Shared<kHeads>& sh) {
+  int working;
+  do {
+    working = 0;
+    bool idle = true;
+#pragma unroll 1
+    for (int warp = threadIdx.x / 32 - kWorkingThreads / 32; warp < kConsumerWarps; warp += kCollectorWarps) {
+      const uint32_t handed = ptx::load_acquire(&sh.handed[warp]);
+      if (handed == kNoMoreQueues) continue;
+      ++working;
+      const uint32_t emptied = sh.emptied[warp];
+      if (handed == emptied) continue;
+      empty_queues(p, warp, emptied % 2, sh);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::store_release(&sh.emptied[warp], emptied + 1);
+      __syncwarp();
+      idle = false;
+    }
+    if (idle) __nanosleep(100);
+  } while (working > 0);
+}
+
+// One kGroupBarrier + g and one kTurnBarrier + g per group
+enum Barrier { kItemBarrier = 1, kConsumerBarrier, kGroupBarrier, kTurnBarrier = kGroupBarrier + kGroups };
+static_assert(kTurnBarrier + kGroups <= 7, "7 is the barrier of selections");
 
 __device__ __forceinline__ void sync_item() { ptx::named_barrier_sync<kItemBarrier, kWorkingThreads>(); }
 
@@ -184,13 +327,35 @@ __device__ __forceinline__ void sync_group(int group) {
   }
 }
 
+// The groups take turns at the tensor cores: group 1 lets group 0 begin, and each lets the other follow once it has
+// issued a page's products.
+__device__ __forceinline__ void wait_for_turn(int group) {
+  if (group == 0) {
+    ptx::named_barrier_sync<kTurnBarrier, kConsumerThreads>();
+  } else {
+    ptx::named_barrier_sync<kTurnBarrier + 1, kConsumerThreads>();
+  }
+}
+
+__device__ __forceinline__ void end_turn(int group) {
+  if (group == 0) {
+    ptx::named_barrier_arrive<kTurnBarrier + 1, kConsumerThreads>();
+  } else {
+    ptx::named_barrier_arrive<kTurnBarrier, kConsumerThreads>();
+  }
+}
+
 // Fills the per-row part of `sh` for one tile. All consumers call it; `rows` maps slots to rows (null:
 // slot + row_begin).
 template <int kHeads>
-__device__ __forceinline__ void load_rows(const Params& p, const int32_t* rows, int num_rows, int tile,
+__device__ __forceinline__ void load_rows(const Params& p, const int32_t* rows, int num_rows, int tile, int split,
                                           Shared<kHeads>& sh) {
   constexpr int kQueries = Tile<kHeads>::kQueries;
   const int i = threadIdx.x;
+  if (i == 0) {
+    sh.tile = tile;
+    sh.split = split;
+  }
   const int slot = tile * kQueries + i;
   int row = -1, request = 0, visible = 0;
   if (i < kQueries) {
@@ -224,24 +389,46 @@ template <int kHeads>
 __device__ __forceinline__ void load_queries(const Params& p, int group, int thread, Shared<kHeads>& sh) {
   using T = Tile<kHeads>;
   constexpr int kChunks = kHeadDim / 16;
-  // Column 128 half + 8 i + 2 c + e belongs to the threads with lane % 4 = c, which count it as their column
-  // 32 half + 2 i + e: head (that % kHeads) of their query (that / kHeads).
-  for (int item = thread; item < 2 * kHalfColumns * kChunks; item += kGroupThreads) {
-    const int chunk = item % kChunks, column = item / kChunks;
-    const int half = column / kHalfColumns, n = column % kHalfColumns;
-    const int c = n % 8 / 2, own = half * 32 + n / 8 * 2 + n % 2;
-    const int head = own % kHeads;
-    const int row = sh.row[group * T::kGroupQueries + own / kHeads * 4 + c];
-    uint4 value = make_uint4(0, 0, 0, 0);
-    float gate = 0.0f;
-    if (row >= 0 && head < p.heads_per_row) {
-      const int source = p.heads != nullptr ? p.heads[row * p.heads_row_stride + head] : head;
-      value = *reinterpret_cast<const uint4*>(p.q + row * p.q_row_stride + source * p.q_head_stride + chunk * 16);
-      if (chunk == 0) gate = p.gates[row * p.gates_row_stride + source];
-    }
-    *reinterpret_cast<uint4*>(&sh.q[group][half][n * kHeadDim + ((chunk ^ (n % 8)) * 16)]) = value;
-    if (chunk == 0) sh.gates[group][c][own] = gate;
+  constexpr int kColumnStep = kGroupThreads / kChunks;
+  constexpr int kOwnColumns = kColumns / kColumnStep;
+  // Column 8 i + 2 c + e belongs to the threads with lane % 4 = c, which count it as their column 2 i + e: head
+  // (that % kHeads) of their query (that / kHeads).
+  auto own_of = [](int column) { return column / 8 * 2 + column % 2; };
+  // row * H + head, or -1: a loop of its own, so that all loads of one kind are in flight together
+  auto source_of = [&](int column, int& row) {
+    const int own = own_of(column), head = own % kHeads;
+    row = sh.row[group * T::kGroupQueries + own / kHeads * 4 + column % 8 / 2];
+    if (row < 0 || head >= p.heads_per_row) return -1;
+    return p.heads != nullptr ? p.heads[row * p.heads_row_stride + head] : head;
+  };
+  const int chunk = thread % kChunks;
+  int row[kOwnColumns], source[kOwnColumns];
+#pragma unroll
+  for (int i = 0; i < kOwnColumns; ++i) source[i] = source_of(thread / kChunks + i * kColumnStep, row[i]);
+  static_assert(kColumns == 2 * kGroupThreads);
+  float gate[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    int gate_row;
+    const int head = source_of(thread + i * kGroupThreads, gate_row);
+    gate[i] = head < 0 ? 0.0f : p.gates[gate_row * p.gates_row_stride + head];
   }
+#pragma unroll
+  for (int i = 0; i < kOwnColumns; ++i) {
+    const int column = thread / kChunks + i * kColumnStep;
+    void* to = &sh.q[group][column * kHeadDim + ((chunk ^ (column % 8)) * 16)];
+    if (source[i] < 0) {
+      *static_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+    } else {
+      ptx::cp_async<16>(to, p.q + row[i] * p.q_row_stride + source[i] * p.q_head_stride + chunk * 16);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int column = thread + i * kGroupThreads;
+    sh.gates[group][column % 8 / 2][own_of(column)] = gate[i];
+  }
+  ptx::cp_async_wait_all();
 }
 
 template <int kHeads, Mode kMode>
@@ -265,6 +452,7 @@ __device__ __forceinline__ void produce(const CUtensorMap* map, const Params& p,
           }
         };
         if (tiles > 0) look_up(0);
+#pragma unroll 1
         for (int t = 0; t < tiles; ++t) {
           ptx::mbarrier_wait(&sh.empty[ring.stage], ring.phase ^ 1);
           if (lane == 0) ptx::mbarrier_arrive_expect_tx(&sh.full[ring.stage], kKeyBytes);
@@ -284,6 +472,7 @@ __device__ __forceinline__ void produce(const CUtensorMap* map, const Params& p,
         for (int begin = 0; begin < tiles; begin += 32) {
           const int batch = min(32, tiles - begin);
           const int own_page = lane < batch ? pages[split + (begin + lane) * p.splits] : 0;
+#pragma unroll 1
           for (int t = 0; t < batch; ++t) {
             const int page = __shfl_sync(0xFFFFFFFFu, own_page, t);
             if (lane == 0) {
@@ -302,31 +491,9 @@ __device__ __forceinline__ void produce(const CUtensorMap* map, const Params& p,
   }
 }
 
-// Sum over one half's heads of gate * relu(dot), continuing from `sums` where a query spans both halves.
-template <int kHeads, bool kContinue>
-__device__ __forceinline__ void sum_heads(const float (&dots)[64], const float (&gates)[32],
-                                          float (&sums)[Tile<kHeads>::kHalfQueries][2]) {
-  using T = Tile<kHeads>;
-#pragma unroll
-  for (int b = 0; b < T::kHalfQueries; ++b) {
-#pragma unroll
-    for (int head = 0; head < T::kHalfHeads; ++head) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int own = b * T::kHalfHeads + head;
-        const float dot = fmaxf(dots[own / 2 * 4 + 2 * r + own % 2], 0.0f);
-        if (!kContinue && head == 0) {
-          sums[b][r] = gates[own] * dot;
-        } else {
-          sums[b][r] = fmaf(gates[own], dot, sums[b][r]);
-        }
-      }
-    }
-  }
-}
-
 template <int kHeads, Mode kMode>
-__device__ __forceinline__ void consume(const Params& p, int tile, int split, RingCursor& ring, Shared<kHeads>& sh) {
+__device__ __forceinline__ void consume(const Params& p, int tile, int split, RingCursor& ring, uint32_t& handed,
+                                        Shared<kHeads>& sh) {
   using T = Tile<kHeads>;
   const int group = threadIdx.x / kGroupThreads;
   const int thread = threadIdx.x % kGroupThreads;
@@ -336,152 +503,104 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
   const int first = group * T::kGroupQueries + c * T::kThreadQueries;
   const int first_slot = tile * T::kQueries + group * T::kGroupQueries + c;  // the thread's queries are 4 slots apart
 
-  float gates[2][32];
-#pragma unroll
-  for (int own = 0; own < 64; ++own) gates[own / 32][own % 32] = sh.gates[group][c][own];
+  float gates[64];
+  load_floats(gates, sh.gates[group][c]);
 
   const uint64_t q_descriptor = ptx::swizzled_descriptor(sh.q[group]);
   const uint64_t key_descriptor = ptx::swizzled_descriptor(sh.keys);
-  float dots[2][64];
-
-  auto issue = [&](int half, int stage) {
-    ptx::pin_registers(dots[half]);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 32; ++step) {
-      ptx::wgmma_m64n128k32(dots[half], key_descriptor + stage * (kKeyBytes >> 4) + step * 2,
-                            q_descriptor + half * (kHalfBytes >> 4) + step * 2, step != 0);
-    }
-    ptx::wgmma_commit();
-  };
-
   for (int word = 0; word < (T::kQueries + 31) / 32; ++word) {
     for (uint32_t bits = sh.leaders[word]; bits != 0; bits &= bits - 1) {
       const int leader = word * 32 + __ffs(bits) - 1;
       const int tiles = tiles_of_split<kMode>(p, sh.leader_visible[leader], split);
       const uint64_t step = kMode == Mode::kSample ? sample_step(sh.leader_visible[leader], p.num_samples) : 0;
 
-      int all_visible = INT32_MAX;  // keys below it are visible to every row of this request in the group
-      for (int i = lane; i < T::kGroupQueries; i += 32) {
-        const int from = group * T::kGroupQueries + i;
-        if (sh.leader[from] == leader) all_visible = min(all_visible, sh.visible[from]);
-      }
-      all_visible = __reduce_min_sync(0xFFFFFFFFu, all_visible);
       if (thread < T::kGroupQueries) {
         const int from = group * T::kGroupQueries + thread;
         const int to = group * T::kGroupQueries + thread % 4 * T::kThreadQueries + thread / 4;
         const bool member = sh.leader[from] == leader;
-        sh.limit[to] = member ? sh.visible[from] : 0;
+        if constexpr (kMode == Mode::kSample) {
+          sh.limit[to] = member ? samples_below(sh.visible[from], step, p.num_samples) : -1;
+        } else {
+          sh.limit[to] = member ? sh.visible[from] : 0;
+        }
         if constexpr (kMode == Mode::kCollect) {
-          sh.threshold[to] = member ? p.threshold[tile * T::kQueries + from] : INFINITY;
+          const int slot = tile * T::kQueries + from;
+          const int tie = member ? p.last_tie[slot] : INT32_MAX;
+          sh.tie_limit[to] =
+              tie == INT32_MAX ? tie : sample_position(tie, sample_step(sh.leader_visible[leader], p.num_samples)) + 1;
+          sh.threshold[to] = member ? p.threshold[slot] : INFINITY;
           sh.count[to] = member ? 0 : kClosedList;
         }
       }
       sync_group(group);
 
-      const uint32_t queue_begin = ptx::smem_address(&sh.queue[0][threadIdx.x]);
-      constexpr uint32_t kQueueStep = sizeof(sh.queue[0]);
-      uint32_t queue_end = queue_begin;
-      // Moves the warp's queues to the lists of their rows
-      auto empty_queue = [&] {
-        const int length = (queue_end - queue_begin) / kQueueStep;
-        const int longest = __reduce_max_sync(0xFFFFFFFFu, length);
+      Queue<kHeads> queue(sh, handed);
 #pragma unroll 1
-        for (int i = 0; i < longest; ++i) {
-          if (i < length) {
-            const uint2 entry = sh.queue[i][threadIdx.x];
-            const int query = entry.y / 2 % 16;
-            const uint32_t place = atomicAdd(&sh.count[first + query], 1u);
-            if (place < static_cast<uint32_t>(p.list_capacity)) {
-              const uint32_t list = ((first_slot + query * 4) * p.splits + split) * p.list_capacity;
-              p.lists[list + place] = make_uint2(entry.x, entry.y / 32 * kPageTokens + key_row + entry.y % 2 * 8);
-            }
-          }
-        }
-        queue_end = queue_begin;
-      };
-      // Consumes the scores of one half: sums[b] of the thread's query first_query + b, for the two keys
-      auto finish = [&](int first_query, float (&sums)[T::kHalfQueries][2], const float (&scale)[2], int t) {
+      for (int t = 0; t < tiles; ++t) {
         const int unit = split + t * p.splits;
-        if constexpr (kMode == Mode::kCollect) {
-          const bool some_invisible = (unit + 1) * kPageTokens > all_visible;
-#pragma unroll
-          for (int b = 0; b < T::kHalfQueries; ++b) {
-            const int query = first_query + b;
-            const float threshold = sh.threshold[first + query];
-            if (some_invisible) {
-              const int limit = sh.limit[first + query];
-#pragma unroll
-              for (int r = 0; r < 2; ++r) {
-                const bool seen = unit * kPageTokens + key_row + 8 * r < limit;
-                append(queue_end, seen ? sums[b][r] * scale[r] : -INFINITY, seen ? threshold : INFINITY,
-                       unit * 32 + query * 2 + r);
-              }
-            } else {
-#pragma unroll
-              for (int r = 0; r < 2; ++r) {
-                append(queue_end, sums[b][r] * scale[r], threshold, unit * 32 + query * 2 + r);
-              }
-            }
-          }
-        } else {
-#pragma unroll
-          for (int b = 0; b < T::kHalfQueries; ++b) {
-            const int limit = sh.limit[first + first_query + b];
-            const int slot = first_slot + (first_query + b) * 4;
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              const int x = unit * kPageTokens + key_row + 8 * r;
-              const float score = sums[b][r] * scale[r];
-              if constexpr (kMode == Mode::kSample) {
-                const bool seen = sample_position(x, step) < limit;
-                if (limit > 0) p.samples[static_cast<uint32_t>(slot * p.num_samples + x)] = seen ? score : __uint_as_float(kInvalidSample);
-              } else {
-                if (x < limit) p.dense[static_cast<int64_t>(slot) * p.dense_stride + x] = score;
-              }
-            }
-          }
-        }
-      };
-
-      // While the tensor cores work on one half of the columns, the scores of the other half are summed and looked
-      // at; the second half of a page is looked at under the first half of the next.
-      float sums[T::kHalfQueries][2];
-      float scale[2];
-      auto load_page = [&] {
+        float dots[128];
         ptx::mbarrier_wait(&sh.full[ring.stage], ring.phase);
-        issue(0, ring.stage);
-      };
-      auto first_half = [&](int t) {
-        scale[0] = sh.scales[ring.stage][key_row];
-        scale[1] = sh.scales[ring.stage][key_row + 8];
+        wait_for_turn(group);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kHeadDim / 32; ++k) {
+          ptx::wgmma_m64n256k32(dots, key_descriptor + ring.stage * (kKeyBytes >> 4) + k * 2, q_descriptor + k * 2,
+                                k != 0);
+        }
+        ptx::wgmma_commit();
+        end_turn(group);
+        const float scale[2] = {sh.scales[ring.stage][key_row], sh.scales[ring.stage][key_row + 8]};
         ptx::wgmma_wait<0>();
-        ptx::pin_registers(dots[0]);
-        issue(1, ring.stage);
-        sum_heads<kHeads, false>(dots[0], gates[0], sums);
-        if constexpr (kHeads < 64) finish(0, sums, scale, t);
-        ptx::wgmma_wait<0>();
-        ptx::pin_registers(dots[1]);
+        ptx::pin_registers(dots);
         if (lane == 0) ptx::mbarrier_arrive(&sh.empty[ring.stage]);
         ring.advance();
-      };
-      auto second_half = [&](int t) {
-        sum_heads<kHeads, kHeads == 64>(dots[1], gates[1], sums);
-        finish(kHeads < 64 ? T::kHalfQueries : 0, sums, scale, t);
-        if constexpr (kMode == Mode::kCollect) {
-          if (__any_sync(0xFFFFFFFFu, queue_end >= queue_begin + T::kFullQueue * kQueueStep)) empty_queue();
+
+#pragma unroll
+        for (int checked = 0; checked < T::kThreadQueries; checked += T::kCheckedQueries) {
+          float threshold[T::kCheckedQueries];
+          if constexpr (kMode == Mode::kCollect) load_floats(threshold, &sh.threshold[first + checked]);
+#pragma unroll
+          for (int i = 0; i < T::kCheckedQueries; ++i) {
+            const int query = checked + i;
+            float score[2];
+#pragma unroll
+            for (int head = 0; head < kHeads; ++head) {
+#pragma unroll
+              for (int r = 0; r < 2; ++r) {
+                const int own = query * kHeads + head;
+                const float dot = fmaxf(dots[own / 2 * 4 + 2 * r + own % 2], 0.0f);
+                score[r] = head == 0 ? gates[own] * dot : fmaf(gates[own], dot, score[r]);
+              }
+            }
+            if constexpr (kMode == Mode::kCollect) {
+              // Keys that the row does not see may pass as well: whoever empties the queue drops them
+#pragma unroll
+              for (int r = 0; r < 2; ++r) {
+                append(queue.end, score[r] * scale[r], threshold[i], unit * 32 + query * 2 + r);
+              }
+            } else {
+              const int limit = sh.limit[first + query];
+              const int slot = first_slot + query * 4;
+#pragma unroll
+              for (int r = 0; r < 2; ++r) {
+                const int x = unit * kPageTokens + key_row + 8 * r;
+                if constexpr (kMode == Mode::kSample) {
+                  if (limit >= 0) {
+                    p.samples[static_cast<uint32_t>(slot * p.num_samples + x)] =
+                        x < limit ? score[r] * scale[r] : __uint_as_float(kInvalidSample);
+                  }
+                } else {
+                  if (x < limit) p.dense[static_cast<int64_t>(slot) * p.dense_stride + x] = score[r] * scale[r];
+                }
+              }
+            }
+          }
+          if constexpr (kMode == Mode::kCollect) queue.hand_over_if_full(sh);
         }
-      };
-      if (tiles > 0) {
-        load_page();
-        first_half(0);
-        for (int t = 1; t < tiles; ++t) {
-          load_page();
-          second_half(t - 1);
-          first_half(t);
-        }
-        second_half(tiles - 1);
-        if constexpr (kMode == Mode::kCollect) empty_queue();
+      }
+      if constexpr (kMode == Mode::kCollect) {
+        queue.hand_over(sh);
+        wait_until_emptied(sh, handed);
       }
 
       sync_group(group);
@@ -515,19 +634,29 @@ template <int kHeads, Mode kMode>
 __device__ __forceinline__ void consume_items(const Params& p, const int32_t* rows, int num_rows, RingCursor& ring,
                                               Shared<kHeads>& sh) {
   const int tiles = (num_rows + Tile<kHeads>::kQueries - 1) / Tile<kHeads>::kQueries;
+  uint32_t handed = 0;
+  const int group = threadIdx.x / kGroupThreads;
+  if (group == 1) end_turn(group);
   for (int item = blockIdx.x; item < tiles * p.splits; item += gridDim.x) {
     sync_item();
-    load_rows<kHeads>(p, rows, num_rows, item / p.splits, sh);
-    load_queries<kHeads>(p, threadIdx.x / kGroupThreads, threadIdx.x % kGroupThreads, sh);
+    load_rows<kHeads>(p, rows, num_rows, item / p.splits, item % p.splits, sh);
+    load_queries<kHeads>(p, group, threadIdx.x % kGroupThreads, sh);
     ptx::fence_proxy_async();
     sync_item();
-    consume<kHeads, kMode>(p, item / p.splits, item % p.splits, ring, sh);
+    // Thresholds are the previous kernel's, and the lists lie where it reads its samples
+    if constexpr (kMode == Mode::kCollect) ptx::wait_for_previous_kernel();
+    consume<kHeads, kMode>(p, item / p.splits, item % p.splits, ring, handed, sh);
+  }
+  if (group == 0) wait_for_turn(group);
+  if constexpr (kMode == Mode::kCollect) {
+    if (threadIdx.x % 32 == 0) ptx::store_release(&sh.handed[threadIdx.x / 32], kNoMoreQueues);
   }
 }
 
 template <int kHeads, Mode kMode>
 __device__ __forceinline__ Shared<kHeads>& init_shared(uint8_t* raw, const CUtensorMap* map) {
-  auto& sh = *reinterpret_cast<Shared<kHeads>*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023});
+  auto& sh = *reinterpret_cast<Shared<kHeads>*>(raw);
+  if (threadIdx.x < kConsumerWarps) sh.handed[threadIdx.x] = sh.emptied[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(map);
     for (int stage = 0; stage < kStages; ++stage) {
@@ -544,18 +673,26 @@ __device__ __forceinline__ Shared<kHeads>& init_shared(uint8_t* raw, const CUten
 template <int kHeads, Mode kMode>
 __global__ __launch_bounds__(kThreads, 1) void score_kernel(const __grid_constant__ CUtensorMap map,
                                                             const __grid_constant__ Params p) {
-  extern __shared__ uint8_t raw[];
+  extern __shared__ __align__(1024) uint8_t raw[];
   auto& sh = init_shared<kHeads, kMode>(raw, &map);
+  // A call's inputs are there when its first kernels are, so the collecting kernel may read them before it waits.
+  if constexpr (kMode != Mode::kCollect) ptx::wait_for_previous_kernel();
   RingCursor ring;
   if (threadIdx.x >= kConsumerThreads) {
     ptx::set_fewer_registers<kProducerRegisters>();
-    if (threadIdx.x < kWorkingThreads) produce_items<kHeads, kMode>(&map, p, p.num_rows, ring, sh);
+    if (threadIdx.x < kWorkingThreads) {
+      produce_items<kHeads, kMode>(&map, p, p.num_rows, ring, sh);
+    } else if constexpr (kMode == Mode::kCollect) {
+      empty_all_queues(p, sh);
+    }
+    ptx::let_next_kernel_start();
   } else {
     ptx::set_more_registers<kConsumerRegisters>();
     consume_items<kHeads, kMode>(p, nullptr, p.num_rows, ring, sh);
   }
 }
 
+// Lies where the queues are, which only collecting needs.
 struct RepairShared {
   SelectScratch scratch;
   int32_t rows[kMaxLaunchRows];
@@ -606,10 +743,11 @@ __device__ __forceinline__ void sync_grid_consumers(uint32_t* arrived, uint32_t&
 template <int kHeads>
 __global__ __launch_bounds__(kThreads, 1) void repair_kernel(const __grid_constant__ CUtensorMap map,
                                                              const __grid_constant__ Params p) {
-  extern __shared__ uint8_t raw[];
+  extern __shared__ __align__(1024) uint8_t raw[];
   if (*p.undecided_count == 0) return;
   auto& sh = init_shared<kHeads, Mode::kDense>(raw, &map);
-  auto& repair = *reinterpret_cast<RepairShared*>(&sh + 1);
+  static_assert(sizeof(RepairShared) <= sizeof(sh.queue));
+  auto& repair = *reinterpret_cast<RepairShared*>(sh.queue);
   if (threadIdx.x < kConsumerThreads) {
     uint32_t found = 0;
     for (int begin = 0; begin < p.num_rows; begin += kConsumerThreads) {

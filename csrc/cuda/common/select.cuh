@@ -33,7 +33,7 @@ constexpr int kSelectBinsLog2 = 11;
 constexpr int kSelectBins = 1 << kSelectBinsLog2;
 
 struct SelectScratch {
-  uint32_t bins[kSelectBins];
+  alignas(8) uint32_t bins[kSelectBins];
   uint32_t warp_sums[32];
   uint32_t chosen_bin;
   uint32_t above;
@@ -72,6 +72,7 @@ struct Cut {
   uint64_t span;  // the search goes on inside [low, low + span]
   uint32_t need;  // how many of the values in there are selected
   bool done;
+  uint32_t inside = 0xFFFFFFFFu;  // how many values are in there, once a step has counted them
 };
 
 // One step of a search from the top by 2^11 bins over [low, low + span]: narrows the cut to the bin that holds the
@@ -114,9 +115,36 @@ __device__ __forceinline__ Cut narrow_cut(Cut cut, ForEach&& for_each, SelectScr
   cut.low += static_cast<uint64_t>(scratch.chosen_bin) << shift;
   cut.span = (1ull << shift) - 1;
   cut.need -= scratch.above;
-  cut.done = scratch.inside == cut.need || shift == 0;
+  cut.inside = scratch.inside;
+  cut.done = cut.inside == cut.need || shift == 0;
   select_sync<kThreads>();
   return cut;
+}
+
+constexpr uint32_t kFewValues = 128;
+
+// Ends a search whose cut holds at most kFewValues values, by ranking those against each other.
+template <int kThreads, typename ForEach>
+__device__ __forceinline__ uint64_t rank_few(const Cut& cut, ForEach&& for_each, SelectScratch& scratch) {
+  static_assert(kFewValues <= kThreads && (kFewValues + 1) * sizeof(uint64_t) <= sizeof(scratch.bins));
+  auto* few = reinterpret_cast<uint64_t*>(scratch.bins);
+  if (threadIdx.x == 0) scratch.inside = 0;
+  select_sync<kThreads>();
+  for_each([&](uint64_t value) {
+    const uint64_t offset = value - cut.low;
+    if (value >= cut.low && offset <= cut.span) few[atomicAdd(&scratch.inside, 1u)] = value;
+  });
+  select_sync<kThreads>();
+  if (threadIdx.x < cut.inside) {
+    const uint64_t own = few[threadIdx.x];
+    uint32_t larger = 0;
+    for (uint32_t i = 0; i < cut.inside; ++i) larger += few[i] > own;
+    if (larger == cut.need - 1) few[kFewValues] = own;
+  }
+  select_sync<kThreads>();
+  const uint64_t low = few[kFewValues];
+  select_sync<kThreads>();
+  return low;
 }
 
 // The smallest value `low` such that exactly k of the distinct values in [low, high] are >= it: the block selects
@@ -125,7 +153,10 @@ template <int kThreads, typename ForEach>
 __device__ __forceinline__ uint64_t kth_largest(uint64_t low, uint64_t high, uint32_t k, ForEach&& for_each,
                                                 SelectScratch& scratch) {
   Cut cut{low, high - low, k, false};
-  while (!cut.done) cut = narrow_cut<kThreads>(cut, for_each, scratch);
+  while (!cut.done) {
+    if (cut.inside <= kFewValues) return rank_few<kThreads>(cut, for_each, scratch);
+    cut = narrow_cut<kThreads>(cut, for_each, scratch);
+  }
   return cut.low;
 }
 
