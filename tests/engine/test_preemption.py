@@ -13,7 +13,7 @@ PAGES = 2 * (-(-(PROMPT + TOKENS) // 64))
 @pytest.fixture(scope="module")
 def engine(start_engine, deepseek_model):
     return start_engine(
-        deepseek_model, max_model_len=2048, num_gpu_blocks_override=PAGES, enable_prefix_caching=False
+        deepseek_model, max_model_len=PROMPT + TOKENS, num_gpu_blocks_override=PAGES, enable_prefix_caching=False
     )
 
 
