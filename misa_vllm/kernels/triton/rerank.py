@@ -15,10 +15,11 @@ from misa_vllm.kernels.triton.fp8 import (
     multiprocessors,
 )
 from misa_vllm.kernels.triton.scratch import TRANSIENT_BYTES, scratch
-from misa_vllm.kernels.triton.select import NONE, UNBOUNDED, best_mask, ordered_bits
+from misa_vllm.kernels.triton.select import NONE, TAKE_REGISTERS, UNBOUNDED, best_mask, ordered_bits
 from misa_vllm.rows import QueryRows
 
 CANDIDATE_TILE = 64
+STAGES = 7  # three of them go into the chain from candidate to page id to key
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
@@ -66,8 +67,8 @@ def rerank_tokens(
             HEADS=max(16, triton.next_power_of_2(heads)),
             TILE=CANDIDATE_TILE,
             NATIVE=native,
+            STAGES=STAGES,
             num_warps=4,
-            num_stages=3,
         )
         slots = triton.next_power_of_2(count)
         _rerank_best_kernel[(len(part),)](
@@ -82,6 +83,7 @@ def rerank_tokens(
             visible_to,
             k,
             SLOTS=slots,
+            maxnreg=TAKE_REGISTERS,
             num_warps=max(4, min(32, slots // 512)),
         )
 
@@ -90,7 +92,7 @@ def rerank_tokens(
 def _rerank_score_kernel(
     q, q_row_stride, q_head_stride, gates, gates_stride, candidates, candidates_stride, count,
     cache, page_stride, block_table, block_table_stride, request, visible, scores, visible_from, visible_to, heads,
-    HEADS: tl.constexpr, TILE: tl.constexpr, NATIVE: tl.constexpr,
+    HEADS: tl.constexpr, TILE: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     row_visible = tl.load(visible + row)
@@ -101,7 +103,7 @@ def _rerank_score_kernel(
         query = tl.trans(load_fp8(start[:, None] + dim[None, :], (head < heads)[:, None], NATIVE))
         gate = tl.load(gates + row * gates_stride + head, mask=head < heads, other=0.0)
         pages = block_table + tl.load(request + row).to(tl.int64) * block_table_stride
-        for tile in range(tl.program_id(0), tl.cdiv(count, TILE), tl.num_programs(0)):
+        for tile in tl.range(tl.program_id(0), tl.cdiv(count, TILE), tl.num_programs(0), num_stages=STAGES):
             index = tile * TILE + tl.arange(0, TILE)
             token = tl.load(candidates + row * candidates_stride + index, mask=index < count, other=NONE)
             live = token >= 0
@@ -131,7 +133,7 @@ def _rerank_best_kernel(
         best = live
         found = tl.sum(live.to(tl.int32), axis=0)
         if found > k:
-            best = best_mask(tl.where(live, ordered_bits(score), 0), token, k)
+            best = best_mask(tl.where(live, ordered_bits(score), 0).to(tl.uint32), token, found, k)
         target = out + row * out_stride
         tl.store(target + tl.cumsum(best.to(tl.int32), axis=0) - 1, token, mask=best)
         for start in range(found, k, SLOTS):

@@ -26,6 +26,7 @@ from misa_vllm.rows import QueryRows
 
 MATRIX_ROWS = 64  # the least number of rows (queries x heads) that Hopper's matrix instructions take
 SCANNED_ROWS = 64
+MIN_ROWS_TO_POOL = 8  # per request
 
 
 def route_heads(
@@ -48,7 +49,13 @@ def route_heads(
     matrix_type = torch.float32 if q.device.type == "cpu" else torch.bfloat16
     requests = rows.block_table.shape[0]
     split = block_tiles > 1 and row_tiles < 2 * multiprocessors(q.device)
-    pooled_first = not split and block_tiles > 0 and requests * max_blocks * DIM.value * 2 <= TRANSIENT_BYTES
+    # requests with few rows would pool their blocks for hardly any reuse
+    pooled_first = (
+        not split
+        and block_tiles > 0
+        and count > MIN_ROWS_TO_POOL * requests
+        and requests * max_blocks * DIM.value * 2 <= TRANSIENT_BYTES
+    )
     kbar, partial = scratch(
         q.device,
         ((requests, max_blocks, DIM.value) if pooled_first else (1,), matrix_type),
@@ -96,6 +103,8 @@ def route_heads(
         SPLIT=split,
         NATIVE=native,
         num_warps=4,
+        # the pages of a tile are in flight together anyway; buffering them in shared memory would leave one program
+        num_stages=3 if pooled_first else 1,
     )
     if split:
         _finish_kernel[(count,)](
@@ -121,7 +130,7 @@ def _block_means(cache, page_stride, pages, block, block_end, PAGES: tl.constexp
     dim = tl.arange(0, DIM)
     live = block < block_end
     total = tl.zeros((block.shape[0], DIM), tl.float32)
-    for i in range(PAGES):
+    for i in tl.static_range(PAGES):
         page = tl.load(pages + block * PAGES + i, mask=live, other=0).to(tl.int64)
         mean = (cache + page * page_stride + MEAN).to(tl.pointer_type(tl.float32))
         total += tl.load(mean[:, None] + dim[None, :], mask=live[:, None], other=0.0)
