@@ -29,7 +29,7 @@ from misa_vllm.kernels.triton.score import (
     sum_heads,
     tile_rows,
 )
-from misa_vllm.kernels.triton.scratch import TRANSIENT_BYTES, scratch, spec_bytes
+from misa_vllm.kernels.triton.scratch import TRANSIENT_BYTES, scratch
 from misa_vllm.reference import NO_TOKEN
 from misa_vllm.rows import QueryRows
 
