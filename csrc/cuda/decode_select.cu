@@ -1,16 +1,16 @@
-// Scores and top-k selection for few rows: one launch whose CTAs share the rows' pages evenly.
+// Scores and top-k selection for few rows: one launch of one CTA per multiprocessor.
 //
-// The pages of all rows form one sequence, of which each CTA takes an equal part, whatever the rows' lengths. Pages
-// arrive by the copy engine in a ring of stages, the warpgroups take them in turn, and the scores stay in shared memory
-// as order-preserving integers. When they fill it, only the k best are kept and scoring goes on. A row that lies inside
-// one CTA's part is selected there; the CTAs that share a row select together (row_exchange.cuh).
+// Adjacent rows of one request are scored together, as one item. Items are cut into chunks of pages, so that every CTA
+// gets one; only if there are more items than CTAs, CTAs work on several chunks in turn. Pages arrive by the copy engine
+// in a ring of stages that runs on over the ends of chunks, so that keys arrive while the CTA selects. The warpgroups
+// take pages in turn, and the scores stay in shared memory as order-preserving integers. When they fill it, only the k
+// best are kept and scoring goes on. CTAs that share a row select together (row_selection.cuh).
 #include <algorithm>
 
-#include "cluster_topk.cuh"
 #include "common/ptx.cuh"
 #include "common/select.cuh"
 #include "key_scores.cuh"
-#include "row_exchange.cuh"
+#include "row_selection.cuh"
 #include "tensor_map.h"
 #include "torch_op.h"
 
@@ -20,74 +20,154 @@ namespace {
 constexpr int kWarpgroups = 4;
 constexpr int kThreads = 128 * kWarpgroups;
 constexpr int kMaxRows = 1024;
-constexpr int kFewestPages = 4;  // of a CTA: one for each warpgroup
+constexpr int kFewestPages = 8;  // of a chunk: two for each warpgroup
 constexpr int kKeyTileBytes = kPageTokens * kHeadDim;
 constexpr int kScaleTileBytes = kPageTokens * 4;
 constexpr int kStageBytes = kKeyTileBytes + kScaleTileBytes + 8;  // keys, scales, barrier
 constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr int kStaticSharedBytes = 1024;  // what the kernel declares itself
-static_assert(kWarpgroups * kKeyTileBytes >= kListedKeys * 8, "the list lies where the stages were");
+constexpr int kScratchWords = 2 * kListedKeys;
 
-using Selection = TopK<kThreads, false>;
+using Selection = RowSelection<kThreads>;
 
 struct SelectArguments {
-  const uint8_t* q;
-  int64_t q_row_stride, q_head_stride;
-  const float* gates;
-  int64_t gates_stride;
-  const int32_t* heads;  // [M, head_count] or null: heads 0 .. head_count - 1
-  int64_t heads_stride;
-  int head_count;
+  QueryHeads queries;
   IndexCache cache;
   Rows rows;
   int k;
   int visible_from, visible_to;
   int32_t* out;
   int64_t out_stride;
-  int stages;    // a multiple of kWarpgroups, so that every stage belongs to one warpgroup
-  int capacity;  // scores that a CTA holds
-  int kept;      // k if some CTA may have more keys of a row than that, else 0
+  int stages;         // a multiple of kWarpgroups, so that every stage belongs to one warpgroup
+  int pool_words;     // for the keys of a chunk's rows
+  int rows_per_item;  // at most
+  bool row_is_slot;   // of the exchange
   Exchange exchange;
+
+  __device__ bool scores(int visible) const {
+    return visible > k && visible >= visible_from && visible < visible_to;
+  }
 };
 
-/// starts[r] = pages to score before row r, for 0 <= r <= M; and each row's request.
-__device__ __forceinline__ void locate_rows(
-    const SelectArguments& args, int* starts, int* requests, uint32_t* warp_sums) {
-  constexpr int kPerThread = kMaxRows / kThreads;
-  int pages[kPerThread], sum = 0;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int row = threadIdx.x * kPerThread + i;
-    const int visible = row < args.rows.count ? args.rows.visible[row] : 0;
-    const bool scores = visible > args.k && visible >= args.visible_from && visible < args.visible_to;
-    pages[i] = scores ? (visible + kPageTokens - 1) / kPageTokens : 0;
-    sum += pages[i];
-    if (row < args.rows.count) requests[row] = args.rows.request[row];
+struct Item {
+  int row, rows, pages;
+};
+
+/// A CTA's part of an item. `begin`: the CTA's pages before it.
+struct Chunk {
+  int row, rows, request;
+  int first_page, pages, begin;
+  int first_chunk, rank, ranks;
+  int slot;  // of its first row in the exchange
+};
+
+/// Shared by the block.
+struct Plan {
+  int items, chunks, pages;
+  bool is_feasible[4][kThreads / 32];
+};
+
+__device__ __forceinline__ int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
+
+/// The first warp groups adjacent rows of one request into items; returns how many.
+__device__ __forceinline__ int find_items(
+    const SelectArguments& args, const int* visible, const int* request, Item* items) {
+  const int lane = threadIdx.x, row_count = args.rows.count;
+  int count = 0, run_before = 0;  // rows of the run that the rows before these end with
+  for (int base = 0; base < row_count; base += 32) {
+    const int row = base + lane;
+    const bool scores = row < row_count && args.scores(visible[row]);
+    const bool continues =
+        scores && row > 0 && request[row] == request[row - 1] && args.scores(visible[row - 1]);
+    const uint32_t starts = __ballot_sync(~0u, !continues) & ((2u << lane) - 1);
+    const int place_in_run = starts != 0 ? lane - (31 - __clz(static_cast<int>(starts))) : run_before + lane;
+    const bool is_first = scores && place_in_run % args.rows_per_item == 0;
+    const uint32_t firsts = __ballot_sync(~0u, is_first);
+    if (is_first) {
+      int rows = 1, most = visible[row];
+      while (rows < args.rows_per_item && row + rows < row_count && request[row + rows] == request[row] &&
+             args.scores(visible[row + rows])) {
+        most = max(most, visible[row + rows]);
+        ++rows;
+      }
+      items[count + __popc(firsts & ((1u << lane) - 1))] = {row, rows, ceil_div(most, kPageTokens)};
+    }
+    count += __popc(firsts);
+    run_before = __shfl_sync(~0u, place_in_run, 31) + 1;
   }
-  uint32_t total;
-  int start = block_exclusive_sum<kThreads>(sum, warp_sums, total);
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int row = threadIdx.x * kPerThread + i;
-    if (row < args.rows.count) starts[row] = start;
-    start += pages[i];
-  }
-  if (threadIdx.x == 0) starts[args.rows.count] = static_cast<int>(total);
-  __syncthreads();
+  return count;
 }
 
-/// The row that a page of the sequence belongs to.
-__device__ __forceinline__ int row_of(const int* starts, int row_count, int page) {
-  int low = 0, high = row_count - 1;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (starts[middle + 1] > page) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
+/// The pages of a chunk: the fewest with which every CTA gets at most one chunk, or an even share if that cannot be.
+__device__ __forceinline__ int choose_chunk_pages(const Item* items, Plan& plan) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = plan.items;
+  const int ctas = static_cast<int>(gridDim.x);
+  int total = 0, most = 0;
+  for (int i = lane; i < count; i += 32) {
+    total += items[i].pages;
+    most = max(most, items[i].pages);
   }
-  return low;
+  total = __reduce_add_sync(~0u, total);
+  most = __reduce_max_sync(~0u, most);
+  int low = max(ceil_div(total, ctas), kFewestPages);
+  if (count > ctas) return low;
+  int high = max(most, low);  // does; below `low` nothing does
+  constexpr int kWarps = kThreads / 32, kRounds = 2;
+  for (int round = 0; round < kRounds && low < high; ++round) {
+    const int step = ceil_div(high - low, kWarps);
+    const int candidate = low + warp * step;
+    int chunks = 0;
+    for (int i = lane; i < count; i += 32) chunks += ceil_div(items[i].pages, candidate);
+    chunks = __reduce_add_sync(~0u, chunks);
+    if (lane == 0) plan.is_feasible[round][warp] = chunks <= ctas;
+    __syncthreads();
+    const uint32_t feasible = __ballot_sync(~0u, lane < kWarps && plan.is_feasible[round][lane]);
+    const int first = feasible == 0 ? kWarps : __ffs(static_cast<int>(feasible)) - 1;
+    if (first < kWarps) high = min(high, low + first * step);
+    if (first > 0) low = min(high, low + (first - 1) * step + 1);
+  }
+  return high;
+}
+
+/// The first warp finds the CTA's chunks. An item has at most as many chunks as there are CTAs, so none is in it twice.
+__device__ __forceinline__ void find_chunks(
+    const int* request, const Item* items, int chunk_pages, bool row_is_slot, Chunk* chunks, Plan& plan) {
+  const int lane = threadIdx.x, ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
+  int before = 0, split_before = 0;
+  for (int base = 0; base < plan.items; base += 32) {
+    const bool exists = base + lane < plan.items;
+    const Item item = exists ? items[base + lane] : Item{0, 0, 0};
+    const int ranks = ceil_div(item.pages, chunk_pages);
+    int inclusive = ranks;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(~0u, inclusive, offset);
+      if (lane >= offset) inclusive += other;
+    }
+    const int first = before + inclusive - ranks;
+    const int rank = ((cta - first) % ctas + ctas) % ctas;
+    const uint32_t split = __ballot_sync(~0u, ranks > 1);
+    if (rank < ranks) {
+      const int first_page = rank * item.pages / ranks;
+      chunks[(first + rank) / ctas] = {
+          item.row, item.rows, request[item.row], first_page, (rank + 1) * item.pages / ranks - first_page, 0, first,
+          rank, ranks,
+          row_is_slot ? item.row : kRowsPerItem * (split_before + __popc(split & ((1u << lane) - 1)))};
+    }
+    before += __shfl_sync(~0u, inclusive, 31);
+    split_before += __popc(split);
+  }
+  __syncwarp();
+  if (lane == 0) {
+    const int count = before > cta ? ceil_div(before - cta, ctas) : 0;
+    int pages = 0;
+    for (int i = 0; i < count; ++i) {
+      chunks[i].begin = pages;
+      pages += chunks[i].pages;
+    }
+    plan.chunks = count;
+    plan.pages = pages;
+  }
 }
 
 template <int kHeads>
@@ -95,29 +175,54 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     const __grid_constant__ CUtensorMap key_map, const __grid_constant__ SelectArguments args) {
   using Layout = HeadLayout<kHeads>;
   extern __shared__ __align__(1024) char shared[];
-  const int stages = args.stages, row_count = args.rows.count, k = args.k;
+  __shared__ Plan plan;
+  __shared__ RowPart parts[Layout::kRows];
+  const int stages = args.stages, k = args.k;
   char* key_tiles = shared;
   char* query = key_tiles + stages * kKeyTileBytes;
   char* scale_tiles = query + Layout::kQueryBytes;
-  auto* full = reinterpret_cast<uint64_t*>(scale_tiles + stages * kScaleTileBytes);
-  auto& topk_shared = *reinterpret_cast<Selection::Shared*>(full + stages);
-  auto* starts = reinterpret_cast<int*>(&topk_shared + 1);
-  int* requests = starts + row_count + 1;
-  auto* positions = reinterpret_cast<uint32_t*>(requests + row_count);  // of the keys kept from earlier rounds
-  uint32_t* next_keys = positions + args.kept;
-  uint32_t* next_positions = next_keys + args.kept;
-  uint32_t* keys = next_positions + args.kept;
-  __shared__ RowPart parts[2];
-  __shared__ uint32_t warp_sums[kThreads / 32];
+  auto* scratch = reinterpret_cast<uint32_t*>(scale_tiles + stages * kScaleTileBytes);
+  auto* pool = scratch + kScratchWords;
+  auto& selection_shared = *reinterpret_cast<Selection::Shared*>(pool + args.pool_words);
+  auto* full = reinterpret_cast<uint64_t*>(&selection_shared + 1);
+  auto* chunks = reinterpret_cast<Chunk*>(full + stages);
 
-  locate_rows(args, starts, requests, warp_sums);
-  const int total = starts[row_count];
-  const int share = max((total + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x), kFewestPages);
-  const int begin = min(static_cast<int>(blockIdx.x) * share, total);
-  const int page_count = min(share, total - begin);
+  {
+    int* visible = reinterpret_cast<int*>(pool);  // the pool is still unused
+    int* request = visible + args.rows.count;
+    auto* items = reinterpret_cast<Item*>(request + args.rows.count);
+    for (int row = threadIdx.x; row < args.rows.count; row += kThreads) {
+      visible[row] = args.rows.visible[row];
+      request[row] = args.rows.request[row];
+    }
+    if (threadIdx.x < stages) {
+      ptx::mbarrier_init(&full[threadIdx.x], 1);
+      ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      const int count = find_items(args, visible, request, items);
+      if (threadIdx.x == 0) plan.items = count;
+    }
+    __syncthreads();
+    const int chunk_pages = choose_chunk_pages(items, plan);
+    if (threadIdx.x < 32) find_chunks(request, items, chunk_pages, args.row_is_slot, chunks, plan);
+    for (int row = blockIdx.x; row < args.rows.count; row += gridDim.x) {
+      const int seen = visible[row];
+      if (seen > k || seen < args.visible_from || seen >= args.visible_to) continue;
+      for (int i = threadIdx.x; i < k; i += kThreads) args.out[row * args.out_stride + i] = i < seen ? i : -1;
+    }
+    __syncthreads();
+  }
+  const int page_count = plan.pages, chunk_count = plan.chunks;
+  if (chunk_count == 0) return;
 
-  const auto page_id = [&](int row, int page) {
-    return args.rows.block_table[requests[row] * args.rows.table_stride + begin + page - starts[row]];
+  // pages are numbered from this CTA's first; a warpgroup takes every kWarpgroups-th
+  int chunk_of_id = 0;
+  const auto id_of = [&](int page) {
+    while (page >= chunks[chunk_of_id].begin + chunks[chunk_of_id].pages) ++chunk_of_id;
+    const Chunk& chunk = chunks[chunk_of_id];
+    return args.rows.block_table[chunk.request * args.rows.table_stride + chunk.first_page + page - chunk.begin];
   };
   const auto load_page = [&](int stage, int id) {
     ptx::mbarrier_arrive_expect_tx(&full[stage], kKeyTileBytes + kScaleTileBytes);
@@ -125,157 +230,146 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     ptx::bulk_load(
         scale_tiles + stage * kScaleTileBytes, args.cache.page(id) + kScalesOffset, kScaleTileBytes, &full[stage]);
   };
-  if (threadIdx.x < stages) {
-    const int page = threadIdx.x;
-    ptx::mbarrier_init(&full[page], 1);
-    ptx::mbarrier_init_fence();
-    if (page < page_count) load_page(page, page_id(row_of(starts, row_count, begin + page), page));
+  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
+  if (thread < stages / kWarpgroups) {
+    const int page = thread * kWarpgroups + warpgroup;
+    if (page < page_count) load_page(page, id_of(page));
   }
-  for (int row = blockIdx.x; row < row_count; row += gridDim.x) {
-    const int visible = args.rows.visible[row];
-    if (visible > k || visible < args.visible_from || visible >= args.visible_to) continue;
-    for (int i = threadIdx.x; i < k; i += kThreads) args.out[row * args.out_stride + i] = i < visible ? i : -1;
-  }
-  if (page_count <= 0) return;
+  int page = warpgroup, stage = warpgroup;
+  uint32_t parity = 0;
+  // the page that gets the stage which is read next; its id is fetched one page earlier than it is needed
+  int refill = thread == 0 ? warpgroup + stages : page_count;
+  int refill_id = refill < page_count ? id_of(refill) : 0;
 
-  Selection selection(topk_shared);
-  RowExchange<kThreads> exchange(args.exchange, topk_shared);
-  if (threadIdx.x < 2) parts[threadIdx.x].active = false;
-  const int warpgroup = threadIdx.x / 128;
-  const bool leads = threadIdx.x % 128 == 0;
-  const int key_of_thread = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-  // pages are numbered from this CTA's first; a warpgroup takes every kWarpgroups-th
-  int page = warpgroup;
-  int row = row_of(starts, row_count, begin), refill_row = row;
-  for (int first = 0; first < page_count; ++row) {
-    const int last = min(page_count, starts[row + 1] - begin);
-    if (last <= first) continue;
-    const int visible = args.rows.visible[row];
-    const int row_start = starts[row] - begin;
-    const int32_t* heads = args.heads == nullptr ? nullptr : args.heads + row * args.heads_stride;
-    store_query<kHeads>(query, args.q + row * args.q_row_stride, args.q_head_stride, heads, args.head_count);
+  Selection selection(args.exchange, selection_shared, reinterpret_cast<uint64_t*>(scratch));
+  const int key_of_thread = thread / 32 * 16 + thread % 32 / 4;
+  const int row_of_lane = Layout::row_of_lane();
+  for (int number = 0; number < chunk_count; ++number) {
+    const Chunk chunk = chunks[number];
+    const QueryHeads queries = args.queries.from_row(chunk.row);
+    store_query<kHeads>(query, queries, chunk.rows);
     float gate[Layout::kHeadsPerLane];
-    load_gates<kHeads>(gate, args.gates + row * args.gates_stride, heads, args.head_count);
-    selection.clear();
+    load_gates<kHeads>(gate, queries, chunk.rows);
+    const bool has_result = Layout::has_result(chunk.rows);
+    const int visible = has_result ? args.rows.visible[chunk.row + row_of_lane] : 0;
+
+    // each row's part of the pool: the positions of the keys kept from earlier rounds, then keys
+    const int most_kept = (k + 3) / 4 * 4;
+    const bool fits = chunk.pages * kPageTokens <= args.pool_words / chunk.rows / kPageTokens * kPageTokens;
+    const int next_words = fits || 2 * most_kept <= kScratchWords ? 0 : 2 * most_kept;
+    uint32_t* next_keys = next_words == 0 ? scratch : pool + args.pool_words - next_words;
+    uint32_t* next_positions = next_keys + most_kept;
+    const int row_words = (args.pool_words - next_words) / chunk.rows / kPageTokens * kPageTokens;
+    const int kept_words = fits ? 0 : most_kept;
+    const int capacity = (row_words - kept_words) / kPageTokens * kPageTokens;
+    const auto positions_of = [&](int row) { return pool + row * row_words; };
+    const auto keys_of = [&](int row) { return pool + row * row_words + kept_words; };
+    uint32_t* my_keys = keys_of(row_of_lane);
+    const bool counts = fits && chunk.rows == 1;
+    if (counts) selection.clear();
     __syncthreads();
 
-    const bool fits = (last - first) * kPageTokens <= args.capacity;
-    int held = 0;  // keys kept from earlier rounds
-    int filled, later_offset;
-    const auto position_of_key = [&](int i) {
-      return i < held ? positions[i] : static_cast<uint32_t>(i + later_offset);
-    };
-    /// Reduces the keys to the k best, in order of position.
-    const auto keep_best = [&](uint32_t* best_keys, uint32_t* best_positions) {
-      const auto cut = selection.find(keys, filled, k);
-      selection.emit(keys, filled, cut, [&](int place, int i) {
-        best_keys[place] = keys[i];
-        best_positions[place] = position_of_key(i);
-      });
-      __syncthreads();
-      return static_cast<int>(cut.selected);
-    };
-    for (int round_first = first;;) {
-      const int round_last = min(last, round_first + (args.capacity - held) / kPageTokens);
+    const int end = chunk.begin + chunk.pages;
+    int held = 0;  // keys of each row kept from earlier rounds
+    for (int round_first = chunk.begin;;) {
+      const int round_last = min(end, round_first + (capacity - held) / kPageTokens);
       for (; page < round_last; page += kWarpgroups) {
-        const int stage = page % stages;
-        const int refill = page + stages;
-        int refill_id = 0;
-        if (leads && refill < page_count) {
-          while (starts[refill_row + 1] - begin <= refill) ++refill_row;
-          refill_id = page_id(refill_row, refill);
-        }
         const auto* scales = reinterpret_cast<const float*>(scale_tiles + stage * kScaleTileBytes);
         float d[Layout::kColumns / 2];
-        ptx::mbarrier_wait(&full[stage], page / stages & 1);
+        ptx::mbarrier_wait(&full[stage], parity);
         start_tile<kHeads>(d, key_tiles + stage * kKeyTileBytes, query);
         const float scale[2] = {scales[key_of_thread], scales[key_of_thread + 8]};
         ptx::wgmma_wait<0>();
         ptx::pin_registers(d);
         sync_warpgroup(warpgroup);
-        if (leads && refill < page_count) load_page(stage, refill_id);
+        if (refill < page_count) {
+          load_page(stage, refill_id);
+          refill += kWarpgroups;
+          if (refill < page_count) refill_id = id_of(refill);
+        }
+        stage += kWarpgroups;
+        if (stage >= stages) {
+          stage = warpgroup;
+          parity ^= 1;
+        }
 
         float sum[2];
         sum_heads<kHeads>(sum, d, gate);
-        if (threadIdx.x % 4 == Layout::kResultLane) {
+        if (has_result) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int offset = key_of_thread + 8 * half;
-            const int position = (page - row_start) * kPageTokens + offset;
+            const int position = (page - chunk.begin + chunk.first_page) * kPageTokens + offset;
             const uint32_t key = position < visible ? order_key(sum[half] * scale[half]) : 0;
-            keys[held + (page - round_first) * kPageTokens + offset] = key;
-            if (fits) selection.count(key);
+            my_keys[held + (page - round_first) * kPageTokens + offset] = key;
+            if (counts) selection.count(key);
           }
         }
       }
-      filled = held + (round_last - round_first) * kPageTokens;
-      later_offset = (round_first - row_start) * kPageTokens - held;
+      const int filled = held + (round_last - round_first) * kPageTokens;
+      const int padded = (filled + 3) / 4 * 4;
+      const int first_position = (round_first - chunk.begin + chunk.first_page) * kPageTokens;
+      if (threadIdx.x < chunk.rows) {
+        RowPart& part = parts[threadIdx.x];
+        uint32_t* keys = keys_of(threadIdx.x);
+        for (int i = filled; i < padded; ++i) keys[i] = 0;
+        part.keys = keys;
+        part.positions = positions_of(threadIdx.x);
+        part.count = padded;
+        part.listed_positions = held;
+        part.later_offset = first_position - held;
+        part.out = args.out + (chunk.row + threadIdx.x) * args.out_stride;
+        part.slot = chunk.slot + threadIdx.x;
+        part.first_chunk = chunk.first_chunk;
+        part.rank = chunk.rank;
+        part.ranks = chunk.ranks;
+        part.row_in_item = threadIdx.x;
+      }
       __syncthreads();
-      if (!fits) {
-        selection.clear();
+      if (round_last == end) break;
+      for (int row = 0; row < chunk.rows; ++row) {
+        RowPart& part = parts[row];
+        selection.count_all(part);
+        const int selected = selection.select(part, k, [&](int place, int i) {
+          next_keys[place] = part.keys[i];
+          next_positions[place] = part.position(i);
+        });
         __syncthreads();
-        for (int i = threadIdx.x; i < filled; i += kThreads) selection.count(keys[i]);
+        for (int i = threadIdx.x; i < k; i += kThreads) {
+          const bool is_key = i < selected;
+          keys_of(row)[i] = is_key ? next_keys[i] : 0;
+          positions_of(row)[i] = is_key ? next_positions[i] : first_position + filled - held;
+        }
         __syncthreads();
       }
-      if (round_last == last) break;
-      held = keep_best(next_keys, next_positions);
-      for (int i = threadIdx.x; i < held; i += kThreads) {
-        keys[i] = next_keys[i];
-        positions[i] = next_positions[i];
-      }
-      __syncthreads();
+      held = k;
       round_first = round_last;
     }
 
-    int32_t* out = args.out + row * args.out_stride;
-    const bool is_first_rank = row_start >= 0, is_last_rank = starts[row + 1] - begin <= page_count;
-    if (is_first_rank && is_last_rank) {
-      const auto cut = selection.find(keys, filled, k);
-      selection.emit(keys, filled, cut, [&](int place, int i) {
-        out[place] = static_cast<int32_t>(position_of_key(i));
-      });
-    } else {
-      // the shared memory is needed for further rows: the exchange reads what is kept of this one from global memory
-      const bool spills = last < page_count;
-      RowPart& part = parts[!spills];
-      if (threadIdx.x == 0) {
-        part.first_position = (first - row_start) * kPageTokens;
-        part.first_cta = starts[row] / share;
-        part.ranks = (starts[row + 1] - 1) / share - part.first_cta + 1;
-        part.slot = row_count <= static_cast<int>(gridDim.x) ? row : part.first_cta;
-        part.is_later_part = is_first_rank;
-        part.out = out;
-        part.level = 0;
-        part.active = true;
-        part.lists = false;
-        part.prefix = 0;
-        part.shift = Selection::kFirstShift;
-        part.remaining = k;
-        part.keys = keys;
-        part.positions = positions;
-        part.count = filled;
-        part.listed_positions = held;
-        part.later_offset = later_offset;
+    if (chunk.ranks == 1) {
+      for (int row = 0; row < chunk.rows; ++row) {
+        RowPart& part = parts[row];
+        if (!counts) selection.count_all(part);
+        int32_t* out = part.out;
+        selection.select(part, k, [&](int place, int i) { out[place] = static_cast<int32_t>(part.position(i)); });
+        __syncthreads();
       }
-      __syncthreads();
-      exchange.enter(part);
-      if (spills) {
-        uint32_t* kept_keys = args.exchange.kept_keys + static_cast<int64_t>(blockIdx.x) * k;
-        uint32_t* kept_positions = args.exchange.kept_positions + static_cast<int64_t>(blockIdx.x) * k;
-        const int kept = keep_best(kept_keys, kept_positions);
-        if (threadIdx.x == 0) {
-          part.keys = kept_keys;
-          part.positions = kept_positions;
-          part.count = part.listed_positions = kept;
+    } else {
+      for (int row = 0; row < chunk.rows; ++row) {
+        if (!counts) {
+          selection.count_all(parts[row]);
+          __syncthreads();
+        }
+        selection.enter(parts[row], k);
+      }
+      for (bool any = true; any;) {
+        any = false;
+        for (int row = 0; row < chunk.rows; ++row) {
+          if (!parts[row].active) continue;
+          selection.advance(parts[row]);
+          any = true;
         }
       }
-    }
-    first = last;
-  }
-  __syncthreads();
-  while (parts[0].active || parts[1].active) {
-    for (RowPart& part : parts) {
-      if (part.active) exchange.advance(part, reinterpret_cast<uint64_t*>(key_tiles));
     }
   }
 }
@@ -284,17 +378,18 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
 
 int64_t align(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
-/// Where the exchange lies in the workspace, and how long that is.
+/// Where the exchange lies in the workspace, and how long that is. A split item has fewer pages than the others of at
+/// least its number of CTAs, so there are fewer of them than CTAs.
 struct Workspace {
-  int64_t rows, lists, rank_counts, kept, bytes;
+  int64_t slots, rows, more_counts, lists, counts, bytes;
 
-  Workspace(int64_t row_count, int64_t k, int64_t ctas) {
-    const int64_t slots = std::min(row_count, ctas);
+  Workspace(int64_t row_count, int64_t ctas) {
+    slots = std::min(row_count, kRowsPerItem * ctas);
     rows = 0;
-    lists = align(rows + slots * static_cast<int64_t>(sizeof(RowShared)));
-    rank_counts = align(lists + slots * kListedKeys * 8);
-    kept = align(rank_counts + ctas * 16);
-    bytes = align(kept + ctas * k * 8);
+    more_counts = align(rows + slots * static_cast<int64_t>(sizeof(RowShared)));
+    lists = more_counts + slots * 2 * kDigits * 4;
+    counts = lists + slots * kListedKeys * 8;
+    bytes = align(counts + (row_count + ctas) * kRowsPerItem * 2 * 4);
   }
 };
 
@@ -306,32 +401,40 @@ int multiprocessors() {
 }
 
 template <int kHeads>
-void launch(SelectArguments args, int max_visible, cudaStream_t stream) {
-  const int row_pages = (max_visible + kPageTokens - 1) / kPageTokens;
-  const int64_t most_pages = static_cast<int64_t>(args.rows.count) * row_pages;
-  const int64_t useful_ctas = std::max<int64_t>(args.rows.count, (most_pages + kFewestPages - 1) / kFewestPages);
+void launch(SelectArguments args, int requests, int max_visible, cudaStream_t stream) {
+  using Layout = HeadLayout<kHeads>;
+  const int row_count = args.rows.count;
+  const int row_pages = std::max(1, (max_visible + kPageTokens - 1) / kPageTokens);
+  const int64_t useful_ctas = static_cast<int64_t>(row_count) * ((row_pages + kFewestPages - 1) / kFewestPages);
   const int ctas = static_cast<int>(std::min<int64_t>(multiprocessors(), useful_ctas));
-  const int64_t most_keys =  // of one row in one CTA
-      std::min<int64_t>(row_pages, std::max<int64_t>(kFewestPages, (most_pages + ctas - 1) / ctas)) * kPageTokens;
 
-  const int fixed_bytes = HeadLayout<kHeads>::kQueryBytes + static_cast<int>(sizeof(Selection::Shared)) +
-                          (2 * args.rows.count + 1) * 4 + kStaticSharedBytes;
-  const auto capacity_with = [&](int stages, int kept) {
-    return (kMaxSharedBytes - fixed_bytes - stages * kStageBytes - 3 * kept * 4) / 4 / kPageTokens * kPageTokens;
+  const int fixed_bytes = Layout::kQueryBytes + kScratchWords * 4 + static_cast<int>(sizeof(Selection::Shared)) +
+                          (row_count / ctas + 2) * static_cast<int>(sizeof(Chunk)) + kStaticSharedBytes;
+  const auto pool_with = [&](int stages) {
+    return (kMaxSharedBytes - fixed_bytes - stages * kStageBytes) / 4 / kPageTokens * kPageTokens;
   };
-  // as many stages as cover the latency of memory, unless the scores need the room
+  // room for the kept keys of a chunk's rows, and for a fair number of new ones
+  constexpr int kFewestNewKeys = 32 * kPageTokens;
+  const int most_kept = (args.k + 3) / 4 * 4;
+  const int next_words = 2 * most_kept <= kScratchWords ? 0 : 2 * most_kept;
+  const auto can_hold = [&](int stages, int rows) {
+    return (pool_with(stages) - next_words) / rows / kPageTokens * kPageTokens >= 2 * most_kept + kFewestNewKeys;
+  };
+  // as many stages as cover the latency of memory, unless with fewer the keys fit at once
   constexpr int kMostStages = 3 * kWarpgroups, kGoodStages = 2 * kWarpgroups;
-  args.stages = capacity_with(kMostStages, 0) >= most_keys ? kMostStages : kGoodStages;
-  args.kept = capacity_with(args.stages, 0) >= most_keys ? 0 : args.k;
-  if (args.kept > 0) {
-    const int wanted = 2 * args.k + 64 * kPageTokens;
-    args.stages = kMostStages;
-    while (args.stages > kWarpgroups && capacity_with(args.stages, args.k) < wanted) args.stages -= kWarpgroups;
-  }
-  args.capacity = capacity_with(args.stages, args.kept);
+  const int likely_rows = std::min(Layout::kRows, (row_count + requests - 1) / requests);
+  const int items = (row_count + likely_rows - 1) / likely_rows;
+  const int likely_ranks = std::max(1, ctas / items);
+  const int64_t likely_words =
+      static_cast<int64_t>((row_pages + likely_ranks - 1) / likely_ranks) * kPageTokens * likely_rows;
+  args.stages = pool_with(kMostStages) < likely_words && pool_with(kGoodStages) >= likely_words ? kGoodStages
+                                                                                                : kMostStages;
+  while (args.stages > kWarpgroups && !can_hold(args.stages, 1)) args.stages -= kWarpgroups;
   STD_TORCH_CHECK(
-      args.kept == 0 || args.capacity >= args.k + 32 * kPageTokens, "select_tokens: k = ", args.k,
-      " is too large for this kernel, choose at most 8192");
+      can_hold(args.stages, 1), "select_tokens: k = ", args.k, " is too large for this kernel, choose at most 8192");
+  args.rows_per_item = Layout::kRows;
+  while (!can_hold(args.stages, args.rows_per_item)) --args.rows_per_item;
+  args.pool_words = pool_with(args.stages);
 
   const auto kernel = decode_select_kernel<kHeads>;
   const int shared_bytes = kMaxSharedBytes - kStaticSharedBytes;
@@ -349,9 +452,7 @@ void launch(SelectArguments args, int max_visible, cudaStream_t stream) {
   check_cuda(cudaLaunchKernelEx(&config, kernel, key_page_map(args.cache), args), "select_tokens");
 }
 
-int64_t decode_workspace_bytes(int64_t row_count, int64_t k) {
-  return Workspace(row_count, k, multiprocessors()).bytes;
-}
+int64_t decode_workspace_bytes(int64_t row_count) { return Workspace(row_count, multiprocessors()).bytes; }
 
 void decode_select(
     Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor index_cache, Tensor block_table, Tensor request,
@@ -360,15 +461,15 @@ void decode_select(
   SelectArguments args = {};
   args.cache = index_cache_of(index_cache, false);
   args.rows = rows_of(block_table, request, visible);
-  args.head_count = check_queries(q, gates, args.rows);
+  args.queries = query_heads(q, gates, args.rows);
   if (heads.has_value()) {
     check_tensor(*heads, "heads", ScalarType::Int, 2);
     STD_TORCH_CHECK(
-        heads->size(0) == args.rows.count && heads->size(1) >= 1 && heads->size(1) <= args.head_count,
-        "heads must be [", args.rows.count, ", h] with h from 1 to ", args.head_count);
-    args.heads = static_cast<const int32_t*>(heads->data_ptr());
-    args.heads_stride = heads->stride(0);
-    args.head_count = static_cast<int>(heads->size(1));
+        heads->size(0) == args.rows.count && heads->size(1) >= 1 && heads->size(1) <= args.queries.count,
+        "heads must be [", args.rows.count, ", h] with h from 1 to ", args.queries.count);
+    args.queries.heads = static_cast<const int32_t*>(heads->data_ptr());
+    args.queries.heads_stride = heads->stride(0);
+    args.queries.count = static_cast<int>(heads->size(1));
   }
   check_tensor(out, "out", ScalarType::Int, 2);
   STD_TORCH_CHECK(
@@ -378,41 +479,36 @@ void decode_select(
       args.rows.count <= kMaxRows, "decode_select takes at most ", kMaxRows, " rows, not ", args.rows.count,
       ": use prefill_select");
   if (args.rows.count == 0) return;
-  const Workspace layout(args.rows.count, k, multiprocessors());
+  const Workspace layout(args.rows.count, multiprocessors());
   check_tensor(workspace, "workspace", ScalarType::Byte, 1);
   STD_TORCH_CHECK(
       workspace.size(0) >= layout.bytes && reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0,
       "workspace: ", layout.bytes, " bytes at a multiple of 16 are needed, it has ", workspace.size(0));
   auto* base = static_cast<uint8_t*>(workspace.data_ptr());
   args.exchange.rows = reinterpret_cast<RowShared*>(base + layout.rows);
+  args.exchange.more_counts = reinterpret_cast<uint32_t (*)[2][kDigits]>(base + layout.more_counts);
   args.exchange.lists = reinterpret_cast<uint64_t (*)[kListedKeys]>(base + layout.lists);
-  args.exchange.rank_counts = reinterpret_cast<uint32_t (*)[2][2]>(base + layout.rank_counts);
-  args.exchange.kept_keys = reinterpret_cast<uint32_t*>(base + layout.kept);
-  args.exchange.kept_positions = args.exchange.kept_keys + multiprocessors() * k;
-  args.q = static_cast<const uint8_t*>(q.data_ptr());
-  args.q_row_stride = q.stride(0);
-  args.q_head_stride = q.stride(1);
-  args.gates = static_cast<const float*>(gates.data_ptr());
-  args.gates_stride = gates.stride(0);
+  args.exchange.counts = reinterpret_cast<uint32_t (*)[kRowsPerItem][2]>(base + layout.counts);
+  args.row_is_slot = args.rows.count <= layout.slots;
   args.k = static_cast<int>(k);
   args.visible_from = static_cast<int>(visible_from);
   args.visible_to = static_cast<int>(std::min<int64_t>(visible_to, INT32_MAX));
   args.out = static_cast<int32_t*>(out.data_ptr());
   args.out_stride = out.stride(0);
   const cudaStream_t stream = current_stream(q);
-  if (max_visible > k) check_cuda(cudaMemsetAsync(args.exchange.rows, 0, layout.lists, stream), "select_tokens");
-  const auto launch_heads = args.head_count <= 8    ? launch<8>
-                            : args.head_count <= 16 ? launch<16>
-                            : args.head_count <= 32 ? launch<32>
-                                                    : launch<64>;
-  launch_heads(args, static_cast<int>(max_visible), stream);
+  if (max_visible > k) check_cuda(cudaMemsetAsync(base, 0, layout.more_counts, stream), "select_tokens");
+  const auto launch_heads = args.queries.count <= 8    ? launch<8>
+                            : args.queries.count <= 16 ? launch<16>
+                            : args.queries.count <= 32 ? launch<32>
+                                                       : launch<64>;
+  launch_heads(args, static_cast<int>(block_table.size(0)), static_cast<int>(max_visible), stream);
 }
 
 }  // namespace
 }  // namespace misa
 
 STABLE_TORCH_LIBRARY_FRAGMENT(misa_vllm, m) {
-  m.def("decode_workspace_bytes(int rows, int k) -> int");
+  m.def("decode_workspace_bytes(int rows) -> int");
   m.def(
       "decode_select(Tensor q, Tensor gates, Tensor? heads, Tensor index_cache, Tensor block_table, Tensor request, "
       "Tensor visible, int max_visible, int k, Tensor(a!) out, int visible_from, int visible_to, "

@@ -58,43 +58,45 @@ __device__ __forceinline__ void sync_warpgroup(int warpgroup) {
   }
 }
 
-/// How the heads of one query lie in the columns of the product.
+/// How the heads of a query, or of up to kRows queries of one request, lie in the columns of the product.
 ///
-/// Lane c of a quad holds columns {8i + 2c, 8i + 2c + 1}. With up to 8 heads ("private") all of them lie in the
-/// columns of lane 0, so the head sum needs no other lane; the other lanes' columns are zero and cost nothing, as the
-/// tensor core is bound by reading the keys. With more heads lane c holds heads [c, c + 1) * kHeadsPerLane and the sum
-/// is handed from lane to lane.
+/// Lane c of a quad holds columns {8i + 2c, 8i + 2c + 1}. With up to 8 heads ("private") those are the heads of query
+/// c, so its head sum needs no other lane; a lane without a query costs nothing, as the tensor core is bound by reading
+/// the keys. With more heads lane c holds heads [c, c + 1) * kHeadsPerLane of one query and the sum is handed from lane
+/// to lane.
 template <int kHeads>
 struct HeadLayout {
   static_assert(kHeads == 8 || kHeads == 16 || kHeads == 32 || kHeads == 64);
   static constexpr bool kPrivate = kHeads == 8;
+  static constexpr int kRows = kPrivate ? 4 : 1;
   static constexpr int kColumns = kPrivate ? 32 : kHeads;
   static constexpr int kHeadsPerLane = kColumns / 4;
-  static constexpr int kResultLane = kPrivate ? 0 : 3;
   static constexpr int kQueryBytes = kColumns * kHeadDim;
 
-  /// The head in a column, or -1.
+  __device__ static int row_of_lane() { return kPrivate ? threadIdx.x % 4 : 0; }
+  /// Whether this lane gets the sums of row row_of_lane().
+  __device__ static bool has_result(int rows) { return kPrivate ? threadIdx.x % 4 < rows : threadIdx.x % 4 == 3; }
+  __device__ static int row_of(int column) { return kPrivate ? column % 8 / 2 : 0; }
   __device__ static int head_of(int column) {
-    const int quad_lane = column % 8 / 2;
     const int head = 2 * (column / 8) + column % 2;
-    return kPrivate ? (quad_lane == 0 ? head : -1) : quad_lane * kHeadsPerLane + head;
+    return kPrivate ? head : column % 8 / 2 * kHeadsPerLane + head;
   }
 };
 
-/// All threads of a block fill the B operand (1024-byte aligned, kQueryBytes) with a row's queries. `heads`: the
-/// `count` heads to use, null: heads 0 .. count - 1. A block barrier must follow.
+/// All threads of a block fill the B operand (1024-byte aligned, kQueryBytes) with the queries of `rows` rows. A block
+/// barrier must follow.
 template <int kHeads>
-__device__ __forceinline__ void store_query(
-    char* operand, const uint8_t* query, int64_t head_stride, const int32_t* heads, int count) {
+__device__ __forceinline__ void store_query(char* operand, const QueryHeads& queries, int rows) {
   using Layout = HeadLayout<kHeads>;
   constexpr int kChunks = kHeadDim / 16;
   for (int i = threadIdx.x; i < Layout::kColumns * kChunks; i += blockDim.x) {
     const int column = i / kChunks, chunk = i % kChunks;
-    const int index = Layout::head_of(column);
+    const int row = Layout::row_of(column), index = Layout::head_of(column);
     uint4 bytes = {0, 0, 0, 0};
-    if (index >= 0 && index < count) {
-      const int head = heads == nullptr ? index : heads[index];
-      bytes = reinterpret_cast<const uint4*>(query + head * head_stride)[chunk];
+    if (row < rows && index < queries.count) {
+      const uint8_t* query =
+          queries.query + row * queries.row_stride + queries.head(row, index) * queries.head_stride;
+      bytes = reinterpret_cast<const uint4*>(query)[chunk];
     }
     *reinterpret_cast<uint4*>(operand + column * kHeadDim + (chunk ^ (column & 7)) * 16) = bytes;
   }
@@ -104,13 +106,14 @@ __device__ __forceinline__ void store_query(
 /// The gates of this lane's columns, zero where there is no head.
 template <int kHeads>
 __device__ __forceinline__ void load_gates(
-    float (&gate)[HeadLayout<kHeads>::kHeadsPerLane], const float* gates, const int32_t* heads, int count) {
+    float (&gate)[HeadLayout<kHeads>::kHeadsPerLane], const QueryHeads& queries, int rows) {
   using Layout = HeadLayout<kHeads>;
-  const int quad_lane = threadIdx.x % 4;
+  const int quad_lane = threadIdx.x % 4, row = Layout::row_of_lane();
 #pragma unroll
   for (int i = 0; i < Layout::kHeadsPerLane; ++i) {
     const int index = Layout::head_of(8 * (i / 2) + 2 * quad_lane + i % 2);
-    gate[i] = index >= 0 && index < count ? gates[heads == nullptr ? index : heads[index]] : 0.0f;
+    const bool exists = row < rows && index < queries.count;
+    gate[i] = exists ? queries.gates[row * queries.gates_stride + queries.head(row, index)] : 0.0f;
   }
 }
 
@@ -128,8 +131,8 @@ __device__ __forceinline__ void start_tile(
   ptx::wgmma_commit();
 }
 
-/// Head sums of the two keys of this thread (rows lane / 4 and lane / 4 + 8 of its warp's 16); valid in lane
-/// kResultLane of each quad.
+/// Head sums of the two keys of this thread (rows lane / 4 and lane / 4 + 8 of its warp's 16), in the lanes of each quad
+/// for which HeadLayout::has_result.
 template <int kHeads>
 __device__ __forceinline__ void sum_heads(
     float (&sum)[2], const float (&d)[HeadLayout<kHeads>::kColumns / 2],

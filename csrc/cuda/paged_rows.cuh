@@ -35,4 +35,24 @@ struct Rows {
   __device__ const int32_t* pages(int row) const { return block_table + request[row] * table_stride; }
 };
 
+/// Queries, gates and heads of rows that are scored together; `heads` null: heads 0 .. count - 1.
+struct QueryHeads {
+  const uint8_t* query;
+  int64_t row_stride, head_stride;
+  const float* gates;
+  int64_t gates_stride;
+  const int32_t* heads;
+  int64_t heads_stride;
+  int count;
+
+  __device__ QueryHeads from_row(int64_t row) const {
+    QueryHeads from = *this;
+    from.query += row * row_stride;
+    from.gates += row * gates_stride;
+    if (heads != nullptr) from.heads += row * heads_stride;
+    return from;
+  }
+  __device__ int head(int row, int index) const { return heads == nullptr ? index : heads[row * heads_stride + index]; }
+};
+
 }  // namespace misa

@@ -31,11 +31,7 @@ template <bool kCluster>
 using RerankTopK = TopK<kThreads, kCluster>;
 
 struct RerankArguments {
-  const uint8_t* q;
-  int64_t q_row_stride, q_head_stride;
-  const float* gates;
-  int64_t gates_stride;
-  int head_count;
+  QueryHeads queries;
   const int32_t* candidates;
   int64_t candidates_stride;
   int candidate_count;
@@ -96,9 +92,10 @@ __global__ void __launch_bounds__(kThreads) rerank_kernel(const __grid_constant_
   } else {
     for (int i = threadIdx.x; i < tile_count * kTileKeys; i += kThreads) cells[i] = kNoCell;
   }
-  store_query<kHeads>(query, args.q + row * args.q_row_stride, args.q_head_stride, nullptr, args.head_count);
+  const QueryHeads queries = args.queries.from_row(row);
+  store_query<kHeads>(query, queries, 1);
   float gate[Layout::kHeadsPerLane];
-  load_gates<kHeads>(gate, args.gates + row * args.gates_stride, nullptr, args.head_count);
+  load_gates<kHeads>(gate, queries, 1);
   Selection topk(*topk_shared);
   topk.clear();
   __syncthreads();
@@ -145,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) rerank_kernel(const __grid_constant_
     ptx::pin_registers(d);
     float sum[2];
     sum_heads<kHeads>(sum, d, gate);
-    if (threadIdx.x % 4 == Layout::kResultLane) {
+    if (Layout::has_result(1)) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t* cell = cells + (turn * kWarpgroups + warpgroup) * kTileKeys + key_of_thread + 8 * half;
@@ -213,7 +210,7 @@ void rerank_tokens(
   RerankArguments args = {};
   args.cache = index_cache_of(index_cache, false);
   args.rows = rows_of(block_table, request, visible);
-  args.head_count = check_queries(q, gates, args.rows);
+  args.queries = query_heads(q, gates, args.rows);
   check_tensor(candidates, "candidates", ScalarType::Int, 2);
   check_tensor(out, "out", ScalarType::Int, 2);
   STD_TORCH_CHECK(
@@ -224,11 +221,6 @@ void rerank_tokens(
       " must be at least 1 and at most the number of candidates (", candidates.size(1), ") and of output columns (",
       out.size(1), ")");
   if (args.rows.count == 0) return;
-  args.q = static_cast<const uint8_t*>(q.data_ptr());
-  args.q_row_stride = q.stride(0);
-  args.q_head_stride = q.stride(1);
-  args.gates = static_cast<const float*>(gates.data_ptr());
-  args.gates_stride = gates.stride(0);
   args.candidates = static_cast<const int32_t*>(candidates.data_ptr());
   args.candidates_stride = candidates.stride(0);
   args.candidate_count = static_cast<int>(candidates.size(1));
@@ -237,10 +229,10 @@ void rerank_tokens(
   args.visible_to = static_cast<int>(std::min<int64_t>(visible_to, INT32_MAX));
   args.out = static_cast<int32_t*>(out.data_ptr());
   args.out_stride = out.stride(0);
-  const auto launch_heads = args.head_count <= 8    ? launch<8>
-                            : args.head_count <= 16 ? launch<16>
-                            : args.head_count <= 32 ? launch<32>
-                                                    : launch<64>;
+  const auto launch_heads = args.queries.count <= 8    ? launch<8>
+                            : args.queries.count <= 16 ? launch<16>
+                            : args.queries.count <= 32 ? launch<32>
+                                                       : launch<64>;
   launch_heads(args, current_stream(q));
 }
 

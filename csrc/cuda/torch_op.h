@@ -72,4 +72,16 @@ inline int check_queries(const Tensor& q, const Tensor& gates, const Rows& rows)
   return static_cast<int>(heads);
 }
 
+/// All heads of q and gates, which it checks.
+inline QueryHeads query_heads(const Tensor& q, const Tensor& gates, const Rows& rows) {
+  QueryHeads queries = {};
+  queries.count = check_queries(q, gates, rows);
+  queries.query = static_cast<const uint8_t*>(q.data_ptr());
+  queries.row_stride = q.stride(0);
+  queries.head_stride = q.stride(1);
+  queries.gates = static_cast<const float*>(gates.data_ptr());
+  queries.gates_stride = gates.stride(0);
+  return queries;
+}
+
 }  // namespace misa

@@ -122,12 +122,6 @@ def prefill_workspace_bytes(max_visible: int) -> int:
     return _operators().prefill_workspace_bytes(max_visible)
 
 
-@functools.cache
-def _prefill_workspace(device: torch.device, size: int) -> torch.Tensor:
-    """One workspace per device: the calls of a stream follow each other, and its content is dead in between."""
-    return torch.empty(size, dtype=torch.uint8, device=device)
-
-
 def _is_decode(rows: QueryRows) -> bool:
     """Whether rows are too few per request to share the reading of its keys."""
     return len(rows) <= MAX_DECODE_ROWS and (len(rows) < 64 or len(rows) < 8 * rows.block_table.shape[0])
@@ -147,8 +141,8 @@ def select_tokens(
 ) -> None:
     """See `misa_vllm.kernels.Kernels.select_tokens`.
 
-    `workspace` uint8, for prefill, of at least `prefill_workspace_bytes(rows.max_visible)` bytes; None: one that this
-    module keeps per device, for callers on one stream.
+    `workspace` uint8, for prefill, of at least `prefill_workspace_bytes(rows.max_visible)` bytes; None: one is
+    allocated.
     """
     check = TensorChecks("select_tokens", "cuda")
     _check_queries(check, q, gates)
@@ -161,12 +155,13 @@ def select_tokens(
     operators = _operators()
     if _is_decode(rows):
         select = operators.decode_select
-        size = operators.decode_workspace_bytes(len(rows), k)
+        size = operators.decode_workspace_bytes(len(rows))
         workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     else:
         select = operators.prefill_select
         if workspace is None:
-            workspace = _prefill_workspace(q.device, prefill_workspace_bytes(rows.max_visible))
+            size = operators.prefill_workspace_bytes(rows.max_visible)
+            workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     select(
         q, gates, heads, index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, k, out,
         visible_from, _NO_BOUND if visible_to is None else visible_to, workspace,
@@ -201,5 +196,5 @@ def rerank_tokens(
 def workspace_bytes(max_rows: int, max_visible: int, k: int) -> int:
     """See `misa_vllm.kernels.Kernels.workspace_bytes`."""
     most_pooled = max_rows // 8 * (max_visible // PAGE_TOKENS) * (INDEX_HEAD_DIM * 2 + 4)
-    decode = _operators().decode_workspace_bytes(min(max_rows, MAX_DECODE_ROWS), k)
+    decode = _operators().decode_workspace_bytes(min(max_rows, MAX_DECODE_ROWS))
     return prefill_workspace_bytes(max_visible) + max(min(most_pooled, _MAX_POOLED_BYTES), decode)

@@ -1,0 +1,405 @@
+// Exact top-k of rows whose keys lie in the shared memory of one CTA, or of several CTAs of a co-resident grid.
+//
+// A histogram of the keys' first digits tells in which narrow range the k-th largest key lies. The few keys of that
+// range are listed, the exact cut is found among them, and one pass over all keys writes what is selected in order of
+// position. The CTAs that share a row ("ranks", in order of position) add up their histograms in global memory, wait
+// for one another, merge their lists, wait again and each find the same cut: two waits, unless the range holds more
+// keys than a list.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cluster_topk.cuh"
+#include "common/select.cuh"
+
+namespace misa {
+
+constexpr int kRowsPerItem = 4;  // rows of one request that are scored together, at most
+constexpr int kListedKeys = 2048;
+constexpr int kDigits = 1 << 11;
+constexpr int kMaxLevels = 4;  // histograms until a range is a single key: the first, and 30 bits by 11 each
+
+// First digits: negative keys by octave, positive ones from 2^-18 to 2^10 by 1/64 octave. As k is mostly far below the
+// number of keys, the k-th largest score is positive, and such a range holds one key in a thousand.
+constexpr uint32_t kPositiveKeys = 0x80000000u;
+constexpr int kNegativeDigits = 256, kPositiveDigits = kDigits - kNegativeDigits;
+constexpr int kFineBits = 17;
+constexpr int kSmallestFine = (127 - 18) << 6;
+
+__device__ __forceinline__ int first_digit(uint32_t key) {
+  if (key < kPositiveKeys) return static_cast<int>(key >> 23);
+  const int fine = static_cast<int>((key - kPositiveKeys) >> kFineBits) - kSmallestFine + 1;
+  return kNegativeDigits + min(max(fine, 0), kPositiveDigits - 1);
+}
+
+/// Keys low .. high, of which the `need` largest are selected along with all keys above `high`. `inside`: how many
+/// there are.
+struct KeyRange {
+  uint32_t low, high, need, inside;
+
+  __device__ static KeyRange of_first_digit(uint32_t digit) {
+    if (digit < kNegativeDigits) return {max(digit << 23, 1u), (digit << 23) + ((1u << 23) - 1), 0, 0};
+    const uint32_t fine = digit - kNegativeDigits;
+    const uint32_t end = kPositiveKeys + ((fine + kSmallestFine) << kFineBits);
+    return {
+        fine == 0 ? kPositiveKeys : end - (1u << kFineBits), fine == kPositiveDigits - 1 ? ~0u : end - 1, 0, 0};
+  }
+
+  __device__ int shift() const { return max(0, 21 - __clz(static_cast<int>(high - low))); }
+  __device__ bool holds(uint32_t key) const { return key >= low && key <= high; }
+  __device__ KeyRange part(uint32_t digit) const {
+    const uint32_t first = low + (digit << shift());
+    return {first, min(high, first + ((1u << shift()) - 1)), 0, 0};
+  }
+  __device__ bool is_tied() const { return inside > kListedKeys; }
+  __device__ bool is_narrow() const { return !is_tied() || low == high; }
+};
+
+/// What the ranks of one row share. Zero before the launch.
+struct RowShared {
+  uint32_t counts[kDigits];
+  uint32_t arrived[kMaxLevels + 1];
+  uint32_t listed;
+  uint32_t unused[2];
+};
+
+/// In global memory.
+struct Exchange {
+  RowShared* rows;                         // [slots]
+  uint32_t (*more_counts)[2][kDigits];     // [slots]
+  uint64_t (*lists)[kListedKeys];          // [slots], rank values (common/select.cuh)
+  uint32_t (*counts)[kRowsPerItem][2];     // [chunks]: keys above the range, keys in it
+};
+
+/// A CTA's keys of one row, ascending in position; key 0 means "none". Index i is at position positions[i] if
+/// i < listed_positions, else at i + later_offset. Lies in shared memory.
+struct RowPart {
+  const uint32_t* keys;  // 16-byte aligned
+  const uint32_t* positions;
+  int count;  // a multiple of 4
+  int listed_positions, later_offset;
+  int32_t* out;
+  // of a row with several ranks
+  int slot, first_chunk, rank, ranks, row_in_item;
+  int level;  // waits so far
+  bool active, is_narrow;
+  KeyRange range;
+  uint32_t above_of_warp[32];
+
+  __device__ uint32_t position(int i) const { return i < listed_positions ? positions[i] : i + later_offset; }
+};
+
+/// All threads of the CTA call each method together.
+template <int kThreads>
+class RowSelection {
+ public:
+  using Digits = TopK<kThreads, false>;
+  static_assert(Digits::kBins == kDigits);
+  static constexpr int kWarps = kThreads / 32;
+
+  struct Shared {
+    typename Digits::Shared digits;
+    uint32_t listed, list_start;
+  };
+
+  /// `list`: room for kListedKeys values, unused between calls.
+  __device__ RowSelection(const Exchange& exchange, Shared& shared, uint64_t* list)
+      : exchange_(exchange), shared_(shared), digits_(shared.digits), list_(list) {}
+
+  /// Before the first `count`; a block barrier must follow.
+  __device__ void clear() { digits_.clear(); }
+
+  /// Counts a key by its first digit.
+  __device__ void count(uint32_t key) {
+    if (key != 0) atomicAdd(&shared_.digits.counts[first_digit(key)], 1u);
+  }
+
+  /// Counts all keys of a part.
+  __device__ void count_all(const RowPart& part) {
+    clear();
+    __syncthreads();
+    for (int i = 4 * threadIdx.x; i < part.count; i += 4 * kThreads) {
+      const uint4 keys = *reinterpret_cast<const uint4*>(part.keys + i);
+      count(keys.x);
+      count(keys.y);
+      count(keys.z);
+      count(keys.w);
+    }
+  }
+
+  /// Calls take(place, index) for each of the min(k, all) selected keys of a part whose keys have been counted, places
+  /// ascending with the index; returns how many they are. A block barrier must follow.
+  template <typename Take>
+  __device__ int select(RowPart& part, uint32_t k, Take take) {
+    if (threadIdx.x == 0) shared_.listed = 0;
+    __syncthreads();
+    digits_.walk(shared_.digits.counts, k);
+    const uint32_t total = shared_.digits.total;
+    KeyRange range = {1, 0, 0, 0};  // no range: all keys are above it
+    if (total > k) {
+      range = KeyRange::of_first_digit(shared_.digits.digit);
+      range.need = k - shared_.digits.above;
+      range.inside = shared_.digits.inside;
+      while (!range.is_narrow()) {
+        count_range(part, range);
+        __syncthreads();
+        digits_.walk(shared_.digits.counts, range.need);
+        range = narrowed(range);
+      }
+    }
+    list_keys(part, range);
+    __syncthreads();
+    finish(part, range, 0, 0, take);
+    return static_cast<int>(min(total, k));
+  }
+
+  /// Enters a part of a row with several ranks, whose keys have been counted, into the exchange for the row's k best.
+  __device__ void enter(RowPart& part, uint32_t k) {
+    if (threadIdx.x == 0) {
+      part.range = {0, 0, k, 0};
+      part.level = 0;
+      part.active = true;
+      part.is_narrow = false;
+    }
+    __syncthreads();
+    add_counts(part, 0);
+    clear_counts(part, 1);
+    arrive(part, 0);
+  }
+
+  /// Takes the row one wait further: narrows the range, or writes this part's selected positions and ends
+  /// (part.active = false).
+  __device__ void advance(RowPart& part) {
+    const int level = part.level;
+    if (threadIdx.x == 0) shared_.listed = 0;
+    wait(part, level);
+    if (part.is_narrow) {
+      finish_shared(part);
+      __syncthreads();
+      if (threadIdx.x == 0) part.active = false;
+      __syncthreads();
+      return;
+    }
+    const auto* totals = reinterpret_cast<const uint4*>(counts_of(part, level));
+    for (int i = threadIdx.x; i < kDigits / 4; i += kThreads) {
+      reinterpret_cast<uint4*>(shared_.digits.totals)[i] = __ldcg(totals + i);
+    }
+    KeyRange range = part.range;
+    __syncthreads();
+    digits_.walk(shared_.digits.totals, range.need);
+    range = narrowed(range, level == 0);
+    if (threadIdx.x == 0) {
+      part.range = range;
+      part.level = level + 1;
+      part.is_narrow = range.is_narrow();
+    }
+    if (range.is_narrow()) {
+      publish_list(part, range);
+    } else {
+      count_range(part, range);
+      __syncthreads();
+      add_counts(part, level + 1);
+      clear_counts(part, level + 2);
+    }
+    arrive(part, level + 1);
+  }
+
+ private:
+  const Exchange& exchange_;
+  Shared& shared_;
+  Digits digits_;
+  uint64_t* list_;
+
+  /// Warps take equal parts of the indices, each lane 4 at a time.
+  __device__ static int warp_share(int count) { return (count + 128 * kWarps - 1) / (128 * kWarps) * 128; }
+  __device__ static int first_of_warp(int count) { return threadIdx.x / 32 * warp_share(count); }
+  __device__ static int last_of_warp(int count) { return min(first_of_warp(count) + warp_share(count), count); }
+
+  /// The digit that the last walk chose, as a range.
+  __device__ KeyRange narrowed(const KeyRange& range, bool is_first = false) const {
+    KeyRange part = is_first ? KeyRange::of_first_digit(shared_.digits.digit) : range.part(shared_.digits.digit);
+    part.need = range.need - shared_.digits.above;
+    part.inside = shared_.digits.inside;
+    return part;
+  }
+
+  /// A block barrier must follow.
+  __device__ void count_range(const RowPart& part, const KeyRange& range) {
+    clear();
+    __syncthreads();
+    const int shift = range.shift();
+    for (int i = threadIdx.x; i < part.count; i += kThreads) {
+      const uint32_t key = part.keys[i];
+      if (range.holds(key)) atomicAdd(&shared_.digits.counts[(key - range.low) >> shift], 1u);
+    }
+  }
+
+  /// Counts each warp's keys above the range and, unless they are too many, lists those in it. shared_.listed must be
+  /// 0; a block barrier must follow.
+  __device__ void list_keys(RowPart& part, const KeyRange& range) {
+    const int lane = threadIdx.x % 32, last = last_of_warp(part.count);
+    const bool lists = !range.is_tied();
+    uint32_t above = 0;
+#pragma unroll 2
+    for (int i = first_of_warp(part.count) + 4 * lane; i < last; i += 128) {
+      const uint4 four = *reinterpret_cast<const uint4*>(part.keys + i);
+      const uint32_t keys[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        above += keys[j] > range.high;
+        if (lists && range.holds(keys[j])) {
+          list_[atomicAdd(&shared_.listed, 1u)] =
+              static_cast<uint64_t>(keys[j]) << 32 | (0xFFFFFFFFu - part.position(i + j));
+        }
+      }
+    }
+    above = __reduce_add_sync(~0u, above);
+    if (lane == 0) part.above_of_warp[threadIdx.x / 32] = above;
+  }
+
+  /// Writes what is selected of a part whose range has been listed. `earlier_above`, `earlier_inside`: the earlier
+  /// ranks' keys.
+  template <typename Take>
+  __device__ void finish(
+      const RowPart& part, const KeyRange& range, uint32_t earlier_above, uint32_t earlier_inside, Take take) {
+    if (range.is_tied()) {  // more equal keys than a list holds: the first in order of position are selected
+      const auto above = [&](int i) { return part.keys[i] > range.high; };
+      const auto inside = [&](int i) { return range.holds(part.keys[i]); };
+      const auto before = digits_.tally(part.count, above, inside);
+      digits_.place(
+          part.count, above, inside, range.need, earlier_above + before.above, earlier_inside + before.inside, take);
+      return;
+    }
+    const int listed = static_cast<int>(range.inside);
+    uint64_t cut = static_cast<uint64_t>(range.low) << 32;
+    if (range.inside != range.need) {
+      using DigitsShared = typename Digits::Shared;
+      static_assert(sizeof(SelectScratch) <= sizeof(DigitsShared::counts) + sizeof(DigitsShared::totals));
+      auto& scratch = *reinterpret_cast<SelectScratch*>(shared_.digits.counts);
+      const auto for_each = [&](auto visit) {
+        for (int i = threadIdx.x; i < listed; i += kThreads) visit(list_[i]);
+      };
+      const uint64_t high = static_cast<uint64_t>(range.high) << 32 | 0xFFFFFFFFu;
+      cut = kth_largest<kThreads>(cut, high, range.need, for_each, scratch);
+    }
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int first = first_of_warp(part.count), last = last_of_warp(part.count);
+    const uint32_t first_position = first < part.count ? part.position(first) : 0;
+    uint32_t before = lane < warp ? part.above_of_warp[lane] : 0;
+    for (int i = lane; i < listed; i += 32) {
+      const uint64_t value = list_[i];
+      before += value >= cut && position_of(value) < first_position;
+    }
+    before = earlier_above + __reduce_add_sync(~0u, before);
+    __syncthreads();  // from here on `take` may overwrite the list
+
+    const auto cut_key = static_cast<uint32_t>(cut >> 32);
+    const uint32_t cut_position = position_of(cut), lower_lanes = (1u << lane) - 1;
+    for (int base = first; base < last; base += 128) {
+      const int i = base + 4 * lane;
+      const uint4 four = i < last ? *reinterpret_cast<const uint4*>(part.keys + i) : uint4{0, 0, 0, 0};
+      const uint32_t keys[4] = {four.x, four.y, four.z, four.w};
+      uint32_t lanes[4], place = before;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool selected = keys[j] > cut_key || (keys[j] == cut_key && part.position(i + j) <= cut_position);
+        lanes[j] = __ballot_sync(~0u, selected);
+        place += __popc(lanes[j] & lower_lanes);
+        before += __popc(lanes[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (lanes[j] >> lane & 1) take(static_cast<int>(place++), i + j);
+      }
+    }
+  }
+
+  // ---------------------------------------------------------------- between ranks
+
+  /// The histogram of a level. Three take turns: rank 0 clears that of the next level before it arrives at a level,
+  /// when all ranks have done with that of two levels ago.
+  __device__ uint32_t* counts_of(const RowPart& part, int level) const {
+    return level % 3 == 0 ? exchange_.rows[part.slot].counts : exchange_.more_counts[part.slot][level % 3 - 1];
+  }
+
+  __device__ void clear_counts(const RowPart& part, int level) {
+    if (part.rank > 0 || level >= kMaxLevels) return;
+    auto* counts = reinterpret_cast<uint4*>(counts_of(part, level));
+    for (int i = threadIdx.x; i < kDigits / 4; i += kThreads) counts[i] = {0, 0, 0, 0};
+  }
+
+  __device__ void add_counts(const RowPart& part, int level) {
+    uint32_t* totals = counts_of(part, level);
+    for (int digit = threadIdx.x; digit < kDigits; digit += kThreads) {
+      const uint32_t count = shared_.digits.counts[digit];
+      if (count > 0) atomicAdd(totals + digit, count);
+    }
+  }
+
+  /// Publishes all that the CTA wrote before.
+  __device__ void arrive(const RowPart& part, int level) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();
+      atomicAdd(&exchange_.rows[part.slot].arrived[level], 1u);
+    }
+  }
+
+  __device__ void wait(const RowPart& part, int level) {
+    if (threadIdx.x == 0) {
+      const uint32_t* arrived = &exchange_.rows[part.slot].arrived[level];
+      uint32_t count;
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(arrived) : "memory");
+      } while (count < static_cast<uint32_t>(part.ranks));
+      __threadfence();
+    }
+    __syncthreads();
+  }
+
+  __device__ void publish_list(RowPart& part, const KeyRange& range) {
+    list_keys(part, range);
+    __syncthreads();
+    uint32_t above = 0, inside = shared_.listed;
+    if (range.is_tied()) {
+      const auto before = digits_.tally(
+          part.count, [](int) { return false; }, [&](int i) { return range.holds(part.keys[i]); });
+      inside = before.all_inside;
+    }
+    if (threadIdx.x < 32) {
+      above = __reduce_add_sync(~0u, threadIdx.x < kWarps ? part.above_of_warp[threadIdx.x] : 0);
+    }
+    if (threadIdx.x == 0) {
+      uint32_t* counts = exchange_.counts[part.first_chunk + part.rank][part.row_in_item];
+      counts[0] = above;
+      counts[1] = inside;
+      shared_.list_start = shared_.listed > 0 ? atomicAdd(&exchange_.rows[part.slot].listed, shared_.listed) : 0;
+    }
+    __syncthreads();
+    uint64_t* list = exchange_.lists[part.slot] + shared_.list_start;
+    for (int i = threadIdx.x; i < shared_.listed; i += kThreads) list[i] = list_[i];
+  }
+
+  __device__ uint32_t earlier_ranks(const RowPart& part, int which) const {
+    uint32_t sum = 0;
+    for (int rank = threadIdx.x % 32; rank < part.rank; rank += 32) {
+      sum += __ldcg(&exchange_.counts[part.first_chunk + rank][part.row_in_item][which]);
+    }
+    return __reduce_add_sync(~0u, sum);
+  }
+
+  __device__ void finish_shared(const RowPart& part) {
+    const KeyRange range = part.range;
+    if (!range.is_tied()) {
+      for (int i = threadIdx.x; i < range.inside; i += kThreads) list_[i] = __ldcg(exchange_.lists[part.slot] + i);
+    }
+    const uint32_t above = earlier_ranks(part, 0), inside = range.is_tied() ? earlier_ranks(part, 1) : 0;
+    __syncthreads();
+    int32_t* out = part.out;
+    finish(part, range, above, inside, [&](int place, int i) { out[place] = static_cast<int32_t>(part.position(i)); });
+  }
+};
+
+}  // namespace misa
