@@ -1,9 +1,9 @@
 // Scores and top-k selection for few rows: one launch of one CTA per multiprocessor.
 //
 // Adjacent rows of one request are scored together, as one item. Items are cut into chunks of pages, so that every CTA
-// gets one; only if there are more items than CTAs, CTAs work on several chunks in turn. Pages arrive by the copy engine
-// in a ring of stages that runs on over the ends of chunks, so that keys arrive while the CTA selects. The warpgroups
-// take pages in turn, and the scores stay in shared memory as order-preserving integers. When they fill it, only the k
+// gets one; only if there are more items than CTAs, CTAs work on several chunks in turn. Pages arrive by the copy
+// engine in a ring of stages that runs on over the ends of chunks, so that keys arrive while the CTA selects. The
+// warpgroups take pages in turn, and the scores stay in shared memory as order-preserving integers. When they fill it, only the k
 // best are kept and scoring goes on. CTAs that share a row select together (row_selection.cuh).
 #include <algorithm>
 

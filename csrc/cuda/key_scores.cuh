@@ -131,8 +131,8 @@ __device__ __forceinline__ void start_tile(
   ptx::wgmma_commit();
 }
 
-/// Head sums of the two keys of this thread (rows lane / 4 and lane / 4 + 8 of its warp's 16), in the lanes of each quad
-/// for which HeadLayout::has_result.
+/// Head sums of the two keys of this thread (rows lane / 4 and lane / 4 + 8 of its warp's 16), in the lanes for which
+/// HeadLayout::has_result.
 template <int kHeads>
 __device__ __forceinline__ void sum_heads(
     float (&sum)[2], const float (&d)[HeadLayout<kHeads>::kColumns / 2],

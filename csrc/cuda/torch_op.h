@@ -29,7 +29,8 @@ inline void check_tensor(const Tensor& tensor, const char* name, ScalarType dtyp
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
   STD_TORCH_CHECK(tensor.dim() == dim, name, " must have ", dim, " dimensions, it has ", tensor.dim());
   STD_TORCH_CHECK(
-      dim == 0 || tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, name, ": the last dimension must be contiguous");
+      dim == 0 || tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, name,
+      ": the last dimension must be contiguous");
 }
 
 inline IndexCache index_cache_of(const Tensor& cache, bool needs_means) {
