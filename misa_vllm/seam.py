@@ -277,9 +277,9 @@ def _index_cache_backend():
     from misa_vllm import metrics
 
     class BuilderWithRows(DeepseekV32IndexerMetadataBuilder):
-        def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
-            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-            self.settings = settings_for(vllm_config)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.settings = settings_for(self.vllm_config)
 
         def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
             metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)

@@ -8,7 +8,11 @@ from misa_vllm.policies.base import IndexerStep, Policy
 class MISA(Policy):
     def select(self, step: IndexerStep, out: torch.Tensor) -> None:
         settings = self.settings
-        step.select(None, settings.topk, out, visible_to=settings.route_from)
-        if step.rows.max_visible >= settings.route_from:
+        first_routed = settings.route_from
+        if first_routed <= settings.topk + 1:
+            first_routed = 0  # the rows below see at most k tokens: any selection takes them all, without scoring
+        else:
+            step.select(None, settings.topk, out, visible_to=first_routed)
+        if step.rows.max_visible >= first_routed:
             heads = step.route(settings.active_heads, settings.pool_block)
-            step.select(heads, settings.topk, out, visible_from=settings.route_from)
+            step.select(heads, settings.topk, out, visible_from=first_routed)
