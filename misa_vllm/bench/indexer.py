@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from misa_vllm import __version__, reference
+from misa_vllm.bench.report import commit
 from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_BYTES, PAGE_TOKENS
 from misa_vllm.kernels import choose_kernels
 from misa_vllm.rows import QueryRows
@@ -90,13 +90,6 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The checkout's commit, or None outside of one."""
-    folder = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", folder, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return git.stdout.strip() or None
 
 
 def run(args: argparse.Namespace) -> None:
