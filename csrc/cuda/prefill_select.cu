@@ -75,24 +75,15 @@ __global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __gr
   }
   auto for_each = [&](auto&& visit) {
     for (int i = threadIdx.x; i < p.num_samples; i += kThresholdThreads) {
-      if (keys[i] != 0) visit(keys[i]);
+      if (keys[i] != 0) visit((static_cast<uint64_t>(keys[i]) << 32) | (0xFFFFFFFFu - i));
     }
   };
-  Cut cut{lowest, highest - lowest, rank, false};
-  while (!cut.done) cut = narrow_cut<kThresholdThreads>(cut, for_each, scratch);
-  const uint32_t cut_key = static_cast<uint32_t>(cut.low);
-  if (threadIdx.x == 0) p.threshold[slot] = float_of_order_key(cut_key);
-  if (cut.inside == cut.need) return;
-  // more samples than needed equal the threshold: the need-th of them, in order of position, is the last to pass
-  const int share = p.num_samples / kThresholdThreads + 1;
-  const int begin = min(p.num_samples, static_cast<int>(threadIdx.x) * share), end = min(p.num_samples, begin + share);
-  uint32_t own = 0, total;
-  for (int i = begin; i < end; ++i) own += keys[i] == cut_key;
-  uint32_t before = block_exclusive_sum<kThresholdThreads>(own, scratch.warp_sums, total);
-  if (before < cut.need && before + own >= cut.need) {
-    int i = begin;
-    while (before += keys[i] == cut_key, before < cut.need) ++i;
-    p.last_tie[slot] = i;
+  const uint64_t cut = kth_largest<kThresholdThreads>(static_cast<uint64_t>(lowest) << 32,
+                                                      (static_cast<uint64_t>(highest) << 32) | 0xFFFFFFFFu, rank,
+                                                      for_each, scratch);
+  if (threadIdx.x == 0) {
+    p.threshold[slot] = float_of_order_key(static_cast<uint32_t>(cut >> 32));
+    p.last_tie[slot] = static_cast<int32_t>(position_of(cut));
   }
 }
 
@@ -107,7 +98,8 @@ constexpr int kMostThreadEntries = 48;
 // One block per slot: writes the row's selection, ascending, or marks the row undecided if a list overflowed or the
 // threshold let fewer than k keys pass. A thread has up to kEntries entries.
 template <int kEntries>
-__global__ __launch_bounds__(kFinalThreads) void final_kernel(const __grid_constant__ Params p) {
+__global__ __launch_bounds__(kFinalThreads, kEntries <= 12 ? 2 : 1)
+void final_kernel(const __grid_constant__ Params p) {
   extern __shared__ int32_t sorted[];
   __shared__ SelectScratch scratch;
   __shared__ uint32_t offsets[kMaxSplits + 1];
@@ -151,9 +143,8 @@ __global__ __launch_bounds__(kFinalThreads) void final_kernel(const __grid_const
     return;
   }
 
-  // 0 stands for no entry: no score has the order key 0
+  // All loads first, so that they are in flight together
   uint64_t values[kEntries];
-  uint32_t low = 0xFFFFFFFFu, high = 0;
   const uint2* lists = p.lists + static_cast<int64_t>(slot) * p.splits * p.list_capacity;
   int split = 0;
 #pragma unroll
@@ -163,14 +154,20 @@ __global__ __launch_bounds__(kFinalThreads) void final_kernel(const __grid_const
     if (i < total) {
       while (i >= offsets[split + 1]) ++split;
       const uint2 entry = lists[split * p.list_capacity + (i - offsets[split])];
-      values[j] = rank_value(__uint_as_float(entry.x), entry.y);
+      values[j] = (static_cast<uint64_t>(entry.x) << 32) | entry.y;
     }
   }
+  // 0 stands for no entry: no score has the order key 0
+  uint32_t low = 0xFFFFFFFFu, high = 0;
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) {
-    const uint32_t key = static_cast<uint32_t>(values[j] >> 32);
-    high = max(high, key);
-    if (key != 0) low = min(low, key);
+    if (threadIdx.x + j * kFinalThreads < total) {
+      values[j] = rank_value(__uint_as_float(static_cast<uint32_t>(values[j] >> 32)),
+                             static_cast<uint32_t>(values[j]));
+      const uint32_t key = static_cast<uint32_t>(values[j] >> 32);
+      high = max(high, key);
+      low = min(low, key);
+    }
   }
   low = __reduce_min_sync(0xFFFFFFFFu, low);
   high = __reduce_max_sync(0xFFFFFFFFu, high);
@@ -181,7 +178,9 @@ __global__ __launch_bounds__(kFinalThreads) void final_kernel(const __grid_const
   __syncthreads();
   auto for_each = [&](auto&& visit) {
 #pragma unroll
-    for (int j = 0; j < kEntries; ++j) visit(values[j]);
+    for (int j = 0; j < kEntries; ++j) {
+      if (j * kFinalThreads < total) visit(values[j]);
+    }
   };
   const uint64_t cut = kth_largest<kFinalThreads>(static_cast<uint64_t>(lowest_key) << 32,
                                                   (static_cast<uint64_t>(highest_key) << 32) | 0xFFFFFFFFu, p.k,
@@ -314,10 +313,10 @@ Plan make_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visible, int 
     plan.launch_rows = static_cast<int>(tiles * tile_rows);
     plan.splits = best_splits(tiles, pages, multiprocessors);
     const int64_t all_of_split = ceil_div(pages, plan.splits) * kPageTokens;
-    // the sampled rank varies, and so does what a split gets of the keys above it
+    // the sampled rank varies, and so does what a split gets of the keys above it; ties are dropped by pages
     const double share = kept / plan.splits;
     const double deviation = std::sqrt(share * share / rank + share);
-    const int64_t capacity = round_up(static_cast<int64_t>(share + kListMargin * deviation) + 16, 16);
+    const int64_t capacity = round_up(static_cast<int64_t>(share + kListMargin * deviation) + kPageTokens, 16);
     plan.num_samples = capacity < all_of_split ? static_cast<int>(samples) : 0;
     plan.list_capacity = static_cast<int>(std::min(capacity, all_of_split));
     if (static_cast<int64_t>(plan.list_capacity) * plan.splits > kMostThreadEntries * kFinalThreads ||
@@ -417,8 +416,8 @@ void launch_final(const Params& p, cudaStream_t stream) {
 }
 
 template <int kHeads>
-void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap& page_map,
-         const CUtensorMap& sample_map, int multiprocessors, cudaStream_t stream) {
+void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap& page_map, int multiprocessors,
+         cudaStream_t stream) {
   constexpr int kTileRows = Tile<kHeads>::kQueries;
   constexpr size_t kShared = sizeof(Shared<kHeads>);
   for (int64_t begin = 0; begin < rows; begin += plan.launch_rows) {
@@ -430,7 +429,7 @@ void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap
       if (p.num_samples > 0) {
         p.splits = plan.sample_splits;
         launch(score_kernel<kHeads, Mode::kSample>, std::min(tiles * p.splits, multiprocessors), kThreads, kShared,
-               stream, kOverlaps, sample_map, p);
+               stream, kOverlaps, page_map, p);
         p.splits = plan.splits;
       }
       launch(threshold_kernel, p.num_rows, kThresholdThreads, p.num_samples * sizeof(uint32_t), stream, kOverlaps, p);
@@ -526,10 +525,10 @@ void prefill_select(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
   p.dense_rows = plan.dense_rows;
   p.out = static_cast<int32_t*>(out.data_ptr());
   p.out_row_stride = out.stride(0);
-  const CUtensorMap page_map = key_page_map(p.cache), sample_map = key_page_map(p.cache, 1);
+  const CUtensorMap page_map = key_page_map(p.cache);
   const cudaStream_t stream = current_stream(q);
   for_heads(padded_heads(p.heads_per_row), [&](auto padded) {
-    run<decltype(padded)::value>(p, plan, rows, page_map, sample_map, multiprocessors, stream);
+    run<decltype(padded)::value>(p, plan, rows, page_map, multiprocessors, stream);
   });
 }
 

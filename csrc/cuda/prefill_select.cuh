@@ -7,6 +7,7 @@
 //   warps 0..3, 4..7   two consumer warpgroups, 256 columns each, which take turns: the tensor cores work for one
 //                      while the other sums on the CUDA cores
 //   warp 8             producer: pages by the copy engine through a ring of mbarriers
+//                      (of samples: warps 8..11, key by key)
 //   warps 9..11        move scores that passed their row's threshold from queues in shared memory to the rows' lists,
 //                      so that the consumers never wait for an atomic or for global memory
 //
@@ -31,13 +32,14 @@ constexpr int kConsumerWarps = kConsumerThreads / 32;
 constexpr int kWorkingThreads = kConsumerThreads + 32;  // consumers and the producer warp
 constexpr int kThreads = kConsumerThreads + kGroupThreads;
 constexpr int kCollectorWarps = (kThreads - kWorkingThreads) / 32;
-constexpr int kConsumerRegisters = 232;
-constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 224;
+constexpr int kProducerRegisters = 56;
 constexpr int kColumns = 256;  // of a group
 // A row that takes no part counts from here, past any capacity.
 constexpr uint32_t kClosedList = 0x80000000u;
 constexpr uint32_t kInvalidSample = 0xFFFFFFFFu;
 constexpr uint32_t kNoMoreQueues = 0xFFFFFFFFu;
+constexpr int kMovedTogether = 8;  // entries of a queue
 constexpr int kMaxLaunchRows = 4096;
 
 enum class Mode {
@@ -100,7 +102,8 @@ struct Tile {
   // holds kFullQueue, which is looked at after every kCheckedQueries queries: those add at most 2 each.
   static constexpr int kFullQueue = 8;
   static constexpr int kCheckedQueries = kThreadQueries < 8 ? kThreadQueries : 8;
-  static constexpr int kQueue = kFullQueue - 1 + 2 * kCheckedQueries;
+  static constexpr int kMostQueued = kFullQueue - 1 + 2 * kCheckedQueries;
+  static constexpr int kQueue = (kMostQueued + kMovedTogether - 1) / kMovedTogether * kMovedTogether;
 };
 
 template <int kHeads>
@@ -121,17 +124,21 @@ struct Shared {
   int32_t tile;
   int32_t split;
   // Of each row, ordered so that the rows of one thread are neighbours
-  alignas(16) float threshold[T::kQueries];
-  alignas(16) uint32_t count[T::kQueries];
-  alignas(16) int32_t limit[T::kQueries];
-  alignas(16) int32_t tie_limit[T::kQueries];
-  alignas(16) float gates[kGroups][4][64];
-  // Two queues of each thread, filled in turn, of (score bits, page << 5 | query << 1 | key row / 8 % 2). Queue n of
-  // a warp is handed over when handed = n + 1, and free again when emptied = n + 1.
+  // The threshold of even and odd pages; from tie_limit on, keys have to pass the next larger number.
+  alignas(16) float threshold[2][T::kQueries];
+  float next_threshold[T::kQueries];
+  int32_t tie_limit[T::kQueries];
+  uint32_t count[T::kQueries];
+  int32_t limit[T::kQueries];
+  alignas(16) float gates[kGroups][4][64];  // halved
+  // Two queues of each thread, filled in turn, of (score bits, page << 5 | query << 1 | key row / 8 % 2). Those of a
+  // warp change hands together.
   uint2 queue[2][T::kQueue][kConsumerThreads];
   uint32_t queue_length[2][kConsumerThreads];
-  uint32_t handed[kConsumerWarps];
-  uint32_t emptied[kConsumerWarps];
+  uint64_t handed[2][kConsumerWarps];
+  uint64_t emptied[2][kConsumerWarps];
+  uint32_t queues_emptied[kConsumerWarps];  // the collector warps' own count
+  uint32_t unused_count[32];
 };
 
 // The copy ring's position; producer and consumers step through it alike.
@@ -186,10 +193,27 @@ __device__ __forceinline__ void load_floats(float (&to)[kCount], const float* fr
   }
 }
 
+// The least number that is larger; an infinity or NaN itself.
+__device__ __forceinline__ float next_larger(float value) {
+  return isfinite(value) ? float_of_order_key(order_key(value) + 1) : value;
+}
+
+// Pages of keys or samples, of which block `split` takes every splits-th.
 template <Mode kMode>
-__device__ __forceinline__ int tiles_of_split(const Params& p, int visible, int split) {
-  const int pages = kMode == Mode::kSample ? p.num_samples / kPageTokens : (visible + kPageTokens - 1) / kPageTokens;
-  return (pages - split + p.splits - 1) / p.splits;
+__device__ __forceinline__ int pages_of(const Params& p, int visible) {
+  return kMode == Mode::kSample ? p.num_samples / kPageTokens : (visible + kPageTokens - 1) / kPageTokens;
+}
+
+// The least leader from `from` on, or the tile's number of rows.
+template <int kHeads>
+__device__ __forceinline__ int next_leader(const Shared<kHeads>& sh, int from) {
+  constexpr int kQueries = Tile<kHeads>::kQueries;
+  while (from < kQueries) {
+    const uint32_t bits = sh.leaders[from / 32] >> from % 32;
+    if (bits != 0) return from + __ffs(bits) - 1;
+    from = (from / 32 + 1) * 32;
+  }
+  return kQueries;
 }
 
 // Appends (score, tag) to the thread's queue unless the score is below the threshold; a NaN is not below anything.
@@ -225,65 +249,73 @@ struct Queue {
   }
 
   __device__ __forceinline__ void hand_over_if_full(Shared<kHeads>& sh) {
-    if (__any_sync(0xFFFFFFFFu, end >= full)) hand_over(sh);
+    if (__any_sync(0xFFFFFFFFu, end >= full)) hand_over(sh, (end - full + T::kFullQueue * kStep) / kStep);
   }
 
-  __device__ __forceinline__ void hand_over(Shared<kHeads>& sh) {
+  __device__ __forceinline__ void hand_over_rest(Shared<kHeads>& sh) {
+    hand_over(sh, (end - full + T::kFullQueue * kStep) / kStep);
+    // all are free when the one handed over last is
+    const uint32_t last = handed - 1;
+    ptx::mbarrier_wait(&sh.emptied[last % 2][threadIdx.x / 32], last / 2 % 2);
+  }
+
+  __device__ __forceinline__ void hand_over(Shared<kHeads>& sh, uint32_t length) {
     const int warp = threadIdx.x / 32;
-    sh.queue_length[handed % 2][threadIdx.x] = (end - full + T::kFullQueue * kStep) / kStep;
+    sh.queue_length[handed % 2][threadIdx.x] = length;
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::store_release(&sh.handed[warp], handed + 1);
-    // the other queue, handed over before this one, must be free
-    while (static_cast<int32_t>(ptx::load_acquire(&sh.emptied[warp]) - handed) < 0) {
-    }
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&sh.handed[handed % 2][warp]);
     ++handed;
+    // the other queue, handed over before this one, must be free
+    ptx::mbarrier_wait(&sh.emptied[handed % 2][warp], handed / 2 % 2 ^ 1);
     start(sh);
   }
 };
 
+// Moves one queue of each thread of a consumer warp to the lists of their rows. False if there are no more queues.
 template <int kHeads>
-__device__ __forceinline__ void wait_until_emptied(Shared<kHeads>& sh, uint32_t handed) {
-  while (ptx::load_acquire(&sh.emptied[threadIdx.x / 32]) != handed) {
-  }
-}
-
-// Moves one queue of each thread of a consumer warp to the lists of their rows.
-template <int kHeads>
-__device__ __forceinline__ void empty_queues(const Params& p, int consumer_warp, int which, Shared<kHeads>& sh) {
+__device__ __forceinline__ bool empty_queues(const Params& p, int consumer_warp, int which, Shared<kHeads>& sh) {
   using T = Tile<kHeads>;
-  constexpr int kBatch = 4;  // atomics in flight
   const int lane = threadIdx.x % 32, c = lane % 4;
   const int thread = consumer_warp * 32 + lane;
+  const uint32_t length = sh.queue_length[which][thread];
+  const uint32_t longest = __reduce_max_sync(0xFFFFFFFFu, length);
+  if (longest == kNoMoreQueues) return false;
   const int group = thread / kGroupThreads;
-  const int key_row = consumer_warp % 4 * 16 + lane / 4;
+  const uint32_t key_row = consumer_warp % 4 * 16 + lane / 4;
   const int first = group * T::kGroupQueries + c * T::kThreadQueries;
-  const int first_slot = sh.tile * T::kQueries + group * T::kGroupQueries + c;
-  const int length = sh.queue_length[which][thread];
-  const int longest = __reduce_max_sync(0xFFFFFFFFu, length);
+  const uint32_t first_slot = sh.tile * T::kQueries + group * T::kGroupQueries + c;
+  const uint32_t capacity = p.list_capacity;
+  const uint32_t first_list = (first_slot * p.splits + sh.split) * capacity;
+  const uint32_t next_list = 4 * p.splits * capacity;
+  uint2* const lists = p.lists;
+  const uint2* queue = &sh.queue[which][0][thread];
+  auto query_of = [](const uint2& entry) { return entry.y / 2 % T::kThreadQueries; };
+  auto position_of = [&](const uint2& entry) { return entry.y / 32 * kPageTokens + key_row + entry.y % 2 * 8; };
 #pragma unroll 1
-  for (int begin = 0; begin < longest; begin += kBatch) {
-    uint2 entry[kBatch];
-    uint32_t place[kBatch];
+  for (uint32_t begin = 0; begin < longest; begin += kMovedTogether) {
+    const uint2* entries = queue + begin * kConsumerThreads;
+    uint32_t* counter[kMovedTogether];
+    uint32_t place[kMovedTogether], taken = 0;
+    // Atomics are never predicated: not to branch around each, lanes without an entry count in a word of their own
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      place[i] = kClosedList;
-      if (begin + i >= length) continue;
-      entry[i] = sh.queue[which][begin + i][thread];
-      const int own = first + entry[i].y / 2 % 16;
-      entry[i].y = entry[i].y / 32 * kPageTokens + key_row + entry[i].y % 2 * 8;
-      const int32_t position = static_cast<int32_t>(entry[i].y);
-      const bool late_tie = position >= sh.tie_limit[own] && __uint_as_float(entry[i].x) == sh.threshold[own];
-      if (position < sh.limit[own] && !late_tie) place[i] = own;
+    for (int i = 0; i < kMovedTogether; ++i) {
+      const uint2 entry = entries[i * kConsumerThreads];
+      const int own = first + query_of(entry);
+      const bool take = begin + i < length && position_of(entry) < static_cast<uint32_t>(sh.limit[own]);
+      counter[i] = take ? &sh.count[own] : &sh.unused_count[lane];
+      taken |= static_cast<uint32_t>(take) << i;
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (place[i] == kClosedList) continue;
-      const int query = place[i] - first;
-      const uint32_t list = ((first_slot + query * 4) * p.splits + sh.split) * p.list_capacity;
-      place[i] = atomicAdd(&sh.count[place[i]], 1u);
-      if (place[i] < static_cast<uint32_t>(p.list_capacity)) p.lists[list + place[i]] = entry[i];
+    for (int i = 0; i < kMovedTogether; ++i) place[i] = atomicAdd(counter[i], 1u);
+#pragma unroll
+    for (int i = 0; i < kMovedTogether; ++i) {
+      const uint2 entry = entries[i * kConsumerThreads];
+      if ((taken >> i & 1) != 0 && place[i] < capacity) {
+        lists[first_list + query_of(entry) * next_list + place[i]] = make_uint2(entry.x, position_of(entry));
+      }
     }
   }
+  return true;
 }
 
 // What the collector warps do until the consumers have handed over their last queues.
@@ -295,18 +327,20 @@ __device__ __forceinline__ void empty_all_queues(const Params& p, Shared<kHeads>
     bool idle = true;
 #pragma unroll 1
     for (int warp = threadIdx.x / 32 - kWorkingThreads / 32; warp < kConsumerWarps; warp += kCollectorWarps) {
-      const uint32_t handed = ptx::load_acquire(&sh.handed[warp]);
-      if (handed == kNoMoreQueues) continue;
+      const uint32_t emptied = sh.queues_emptied[warp];
+      if (emptied == kNoMoreQueues) continue;
       ++working;
-      const uint32_t emptied = sh.emptied[warp];
-      if (handed == emptied) continue;
-      empty_queues(p, warp, emptied % 2, sh);
+      if (!ptx::mbarrier_test(&sh.handed[emptied % 2][warp], emptied / 2 % 2)) continue;
+      const bool more = empty_queues(p, warp, emptied % 2, sh);
       __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::store_release(&sh.emptied[warp], emptied + 1);
+      if (threadIdx.x % 32 == 0) {
+        ptx::mbarrier_arrive(&sh.emptied[emptied % 2][warp]);
+        sh.queues_emptied[warp] = more ? emptied + 1 : kNoMoreQueues;
+      }
       __syncwarp();
       idle = false;
     }
-    if (idle) __nanosleep(100);
+    if (idle) __nanosleep(50);
   } while (working > 0);
 }
 
@@ -314,7 +348,10 @@ __device__ __forceinline__ void empty_all_queues(const Params& p, Shared<kHeads>
 enum Barrier { kItemBarrier = 1, kConsumerBarrier, kGroupBarrier, kTurnBarrier = kGroupBarrier + kGroups };
 static_assert(kTurnBarrier + kGroups <= 7, "7 is the barrier of selections");
 
-__device__ __forceinline__ void sync_item() { ptx::named_barrier_sync<kItemBarrier, kWorkingThreads>(); }
+template <Mode kMode>
+__device__ __forceinline__ void sync_item() {
+  ptx::named_barrier_sync<kItemBarrier, kMode == Mode::kSample ? kThreads : kWorkingThreads>();
+}
 
 __device__ __forceinline__ void sync_consumers() { ptx::named_barrier_sync<kConsumerBarrier, kConsumerThreads>(); }
 
@@ -411,7 +448,7 @@ __device__ __forceinline__ void load_queries(const Params& p, int group, int thr
   for (int i = 0; i < 2; ++i) {
     int gate_row;
     const int head = source_of(thread + i * kGroupThreads, gate_row);
-    gate[i] = head < 0 ? 0.0f : p.gates[gate_row * p.gates_row_stride + head];
+    gate[i] = head < 0 ? 0.0f : 0.5f * p.gates[gate_row * p.gates_row_stride + head];
   }
 #pragma unroll
   for (int i = 0; i < kOwnColumns; ++i) {
@@ -431,62 +468,84 @@ __device__ __forceinline__ void load_queries(const Params& p, int group, int thr
   ptx::cp_async_wait_all();
 }
 
+// The producer warp's part of an item.
 template <int kHeads, Mode kMode>
 __device__ __forceinline__ void produce(const CUtensorMap* map, const Params& p, int split, RingCursor& ring,
                                         Shared<kHeads>& sh) {
   const int lane = threadIdx.x % 32;
-  for (int word = 0; word < (Tile<kHeads>::kQueries + 31) / 32; ++word) {
-    for (uint32_t bits = sh.leaders[word]; bits != 0; bits &= bits - 1) {
-      const int leader = word * 32 + __ffs(bits) - 1;
-      const int visible = sh.leader_visible[leader];
-      const int32_t* pages = p.rows.block_table + sh.request[leader] * p.rows.table_stride;
-      const int tiles = tiles_of_split<kMode>(p, visible, split);
-      if constexpr (kMode == Mode::kSample) {
-        const uint64_t step = sample_step(visible, p.num_samples);
-        int position[2], page[2];
-        auto look_up = [&](int t) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            position[i] = sample_position((split + t * p.splits) * kPageTokens + lane + 32 * i, step);
-            page[i] = pages[position[i] / kPageTokens];
-          }
-        };
-        if (tiles > 0) look_up(0);
+  for (int leader = next_leader(sh, 0); leader < Tile<kHeads>::kQueries; leader = next_leader(sh, leader + 1)) {
+    const int32_t* table = p.rows.block_table + sh.request[leader] * p.rows.table_stride;
+    const int pages = pages_of<kMode>(p, sh.leader_visible[leader]);
+    for (int begin = split; begin < pages; begin += 32 * p.splits) {
+      const int own = begin + lane * p.splits;
+      const int own_page = own < pages ? table[own] : 0;
 #pragma unroll 1
-        for (int t = 0; t < tiles; ++t) {
+      for (int i = 0; i < 32 && begin + i * p.splits < pages; ++i) {
+        const int page = __shfl_sync(0xFFFFFFFFu, own_page, i);
+        if (lane == 0) {
           ptx::mbarrier_wait(&sh.empty[ring.stage], ring.phase ^ 1);
-          if (lane == 0) ptx::mbarrier_arrive_expect_tx(&sh.full[ring.stage], kKeyBytes);
-          __syncwarp();
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int r = lane + 32 * i, token = position[i] % kPageTokens;
-            ptx::tma_load_3d(&sh.keys[ring.stage][r * kHeadDim], map, 0, token, page[i], &sh.full[ring.stage]);
-            ptx::cp_async<4>(&sh.scales[ring.stage][r],
-                             p.cache.data + page[i] * p.cache.page_stride + kScalesOffset + token * 4);
-          }
-          ptx::cp_async_mbarrier_arrive(&sh.full[ring.stage]);
-          if (t + 1 < tiles) look_up(t + 1);
-          ring.advance();
+          ptx::mbarrier_arrive_expect_tx(&sh.full[ring.stage], kKeyBytes + kScaleBytes);
+          ptx::tma_load_3d(sh.keys[ring.stage], map, 0, 0, page, &sh.full[ring.stage]);
+          ptx::bulk_load(sh.scales[ring.stage], p.cache.data + page * p.cache.page_stride + kScalesOffset, kScaleBytes,
+                         &sh.full[ring.stage]);
         }
-      } else {
-        for (int begin = 0; begin < tiles; begin += 32) {
-          const int batch = min(32, tiles - begin);
-          const int own_page = lane < batch ? pages[split + (begin + lane) * p.splits] : 0;
-#pragma unroll 1
-          for (int t = 0; t < batch; ++t) {
-            const int page = __shfl_sync(0xFFFFFFFFu, own_page, t);
-            if (lane == 0) {
-              ptx::mbarrier_wait(&sh.empty[ring.stage], ring.phase ^ 1);
-              ptx::mbarrier_arrive_expect_tx(&sh.full[ring.stage], kKeyBytes + kScaleBytes);
-              ptx::tma_load_3d(sh.keys[ring.stage], map, 0, 0, page, &sh.full[ring.stage]);
-              ptx::bulk_load(sh.scales[ring.stage], p.cache.data + page * p.cache.page_stride + kScalesOffset,
-                             kScaleBytes, &sh.full[ring.stage]);
-            }
-            __syncwarp();
-            ring.advance();
-          }
-        }
+        __syncwarp();
+        ring.advance();
       }
+    }
+  }
+}
+
+// The same for samples: single keys, which the four warps behind the consumers copy, 8 lanes a key.
+template <int kHeads>
+__device__ __forceinline__ void produce_samples(const Params& p, int split, RingCursor& ring, Shared<kHeads>& sh) {
+  constexpr int kChunks = kHeadDim / 16;
+  constexpr int kRowStep = kGroupThreads / kChunks;
+  constexpr int kOwnRows = kPageTokens / kRowStep;
+  constexpr int kInFlight = kStages / 2;  // pages
+  const int thread = threadIdx.x - kConsumerThreads;
+  const int first_row = thread / kChunks, chunk = thread % kChunks;
+  for (int leader = next_leader(sh, 0); leader < Tile<kHeads>::kQueries; leader = next_leader(sh, leader + 1)) {
+    const int32_t* table = p.rows.block_table + sh.request[leader] * p.rows.table_stride;
+    const int visible = sh.leader_visible[leader];
+    const uint64_t step = sample_step(visible, p.num_samples);
+    const int pages = pages_of<Mode::kSample>(p, visible);
+    int position[kOwnRows], page[kOwnRows];
+    auto look_up = [&](int unit) {
+#pragma unroll
+      for (int i = 0; i < kOwnRows; ++i) {
+        position[i] = sample_position(unit * kPageTokens + first_row + i * kRowStep, step);
+        page[i] = table[position[i] / kPageTokens];
+      }
+    };
+    RingCursor landed = ring;
+    int issued = 0;
+    auto land = [&] {
+      ptx::cp_async_wait<kInFlight - 1>();
+      ptx::fence_proxy_async();
+      ptx::mbarrier_arrive(&sh.full[landed.stage]);
+      landed.advance();
+    };
+    if (split < pages) look_up(split);
+#pragma unroll 1
+    for (int unit = split; unit < pages; unit += p.splits) {
+      ptx::mbarrier_wait(&sh.empty[ring.stage], ring.phase ^ 1);
+#pragma unroll
+      for (int i = 0; i < kOwnRows; ++i) {
+        const int row = first_row + i * kRowStep, token = position[i] % kPageTokens;
+        const uint8_t* from = p.cache.data + page[i] * p.cache.page_stride;
+        ptx::cp_async<16>(&sh.keys[ring.stage][row * kHeadDim + (chunk ^ row % 8) * 16],
+                          from + token * kHeadDim + chunk * 16);
+        if (chunk == 0) ptx::cp_async<4>(&sh.scales[ring.stage][row], from + kScalesOffset + token * 4);
+      }
+      ptx::cp_async_commit();
+      ring.advance();
+      if (++issued >= kInFlight) land();
+      if (unit + p.splits < pages) look_up(unit + p.splits);
+    }
+    for (int left = min(issued, kInFlight - 1); left > 0; --left) {
+      ptx::cp_async_commit();
+      land();
     }
   }
 }
@@ -508,109 +567,120 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
 
   const uint64_t q_descriptor = ptx::swizzled_descriptor(sh.q[group]);
   const uint64_t key_descriptor = ptx::swizzled_descriptor(sh.keys);
-  for (int word = 0; word < (T::kQueries + 31) / 32; ++word) {
-    for (uint32_t bits = sh.leaders[word]; bits != 0; bits &= bits - 1) {
-      const int leader = word * 32 + __ffs(bits) - 1;
-      const int tiles = tiles_of_split<kMode>(p, sh.leader_visible[leader], split);
-      const uint64_t step = kMode == Mode::kSample ? sample_step(sh.leader_visible[leader], p.num_samples) : 0;
+  for (int leader = next_leader(sh, 0); leader < T::kQueries; leader = next_leader(sh, leader + 1)) {
+    const int pages = pages_of<kMode>(p, sh.leader_visible[leader]);
+    const uint64_t step = kMode == Mode::kSample ? sample_step(sh.leader_visible[leader], p.num_samples) : 0;
 
+    if (thread < T::kGroupQueries) {
+      const int from = group * T::kGroupQueries + thread;
+      const int to = group * T::kGroupQueries + thread % 4 * T::kThreadQueries + thread / 4;
+      const bool member = sh.leader[from] == leader;
+      if constexpr (kMode == Mode::kSample) {
+        sh.limit[to] = member ? samples_below(sh.visible[from], step, p.num_samples) : -1;
+      } else {
+        sh.limit[to] = member ? sh.visible[from] : 0;
+      }
+      if constexpr (kMode == Mode::kCollect) {
+        const int slot = tile * T::kQueries + from;
+        const int tie = member ? p.last_tie[slot] : INT32_MAX;
+        sh.tie_limit[to] =
+            tie == INT32_MAX ? tie : sample_position(tie, sample_step(sh.leader_visible[leader], p.num_samples)) + 1;
+        const float threshold = member ? p.threshold[slot] : INFINITY;
+        const float next = next_larger(threshold);
+        sh.threshold[0][to] = split * kPageTokens < sh.tie_limit[to] ? threshold : next;
+        sh.threshold[1][to] = threshold;
+        sh.next_threshold[to] = next;
+        sh.count[to] = member ? 0 : kClosedList;
+      }
+    }
+    sync_group(group);
+
+    Queue<kHeads> queue(sh, handed);
+#pragma unroll 1
+    for (int page = split, odd = 0; page < pages; page += p.splits, odd ^= 1) {
+      float dots[128];
+      ptx::mbarrier_wait(&sh.full[ring.stage], ring.phase);
+      wait_for_turn(group);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kHeadDim / 32; ++k) {
+        ptx::wgmma_m64n256k32(dots, key_descriptor + ring.stage * (kKeyBytes >> 4) + k * 2, q_descriptor + k * 2,
+                              k != 0);
+        ptx::wgmma_commit();
+      }
+      if constexpr (kMode == Mode::kCollect) {
+        // No one reads the next page's thresholds yet: all of the group are past the last page
+        const int own = group * T::kGroupQueries + thread;
+        if (thread < T::kGroupQueries && (page + p.splits) * kPageTokens >= sh.tie_limit[own]) {
+          sh.threshold[odd ^ 1][own] = sh.next_threshold[own];
+        }
+      }
+      // Products of both groups would share the tensor cores, so that both came late and both summed together:
+      // the other group may issue its own once the last of this group's are being made
+      ptx::wgmma_wait<1>();
+      end_turn(group);
+      const float scale[2] = {sh.scales[ring.stage][key_row], sh.scales[ring.stage][key_row + 8]};
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(dots);
+      if (lane == 0) ptx::mbarrier_arrive(&sh.empty[ring.stage]);
+      ring.advance();
+
+#pragma unroll
+      for (int checked = 0; checked < T::kThreadQueries; checked += T::kCheckedQueries) {
+        float threshold[T::kCheckedQueries];
+        if constexpr (kMode == Mode::kCollect) load_floats(threshold, &sh.threshold[odd][first + checked]);
+#pragma unroll
+        for (int i = 0; i < T::kCheckedQueries; ++i) {
+          const int query = checked + i;
+          float score[2];
+#pragma unroll
+          for (int head = 0; head < kHeads; ++head) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              const int own = query * kHeads + head;
+              // max(dot, 0) twice over, exactly: additions run at twice the rate of max, and gates are halved
+              const float dot = dots[own / 2 * 4 + 2 * r + own % 2];
+              const float positive = dot + fabsf(dot);
+              score[r] = head == 0 ? gates[own] * positive : fmaf(gates[own], positive, score[r]);
+            }
+          }
+          if constexpr (kMode == Mode::kCollect) {
+            // Keys that the row does not see may pass as well: whoever empties the queue drops them
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              append(queue.end, score[r] * scale[r], threshold[i], page * 32 + query * 2 + r);
+            }
+          } else {
+            const int limit = sh.limit[first + query];
+            const int slot = first_slot + query * 4;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              const int x = page * kPageTokens + key_row + 8 * r;
+              if constexpr (kMode == Mode::kSample) {
+                if (limit >= 0) {
+                  p.samples[static_cast<uint32_t>(slot * p.num_samples + x)] =
+                      x < limit ? score[r] * scale[r] : __uint_as_float(kInvalidSample);
+                }
+              } else {
+                if (x < limit) p.dense[static_cast<int64_t>(slot) * p.dense_stride + x] = score[r] * scale[r];
+              }
+            }
+          }
+        }
+        if constexpr (kMode == Mode::kCollect) queue.hand_over_if_full(sh);
+      }
+    }
+    if constexpr (kMode == Mode::kCollect) {
+      queue.hand_over_rest(sh);
+    }
+
+    sync_group(group);
+    if constexpr (kMode == Mode::kCollect) {
       if (thread < T::kGroupQueries) {
         const int from = group * T::kGroupQueries + thread;
-        const int to = group * T::kGroupQueries + thread % 4 * T::kThreadQueries + thread / 4;
-        const bool member = sh.leader[from] == leader;
-        if constexpr (kMode == Mode::kSample) {
-          sh.limit[to] = member ? samples_below(sh.visible[from], step, p.num_samples) : -1;
-        } else {
-          sh.limit[to] = member ? sh.visible[from] : 0;
-        }
-        if constexpr (kMode == Mode::kCollect) {
-          const int slot = tile * T::kQueries + from;
-          const int tie = member ? p.last_tie[slot] : INT32_MAX;
-          sh.tie_limit[to] =
-              tie == INT32_MAX ? tie : sample_position(tie, sample_step(sh.leader_visible[leader], p.num_samples)) + 1;
-          sh.threshold[to] = member ? p.threshold[slot] : INFINITY;
-          sh.count[to] = member ? 0 : kClosedList;
-        }
-      }
-      sync_group(group);
-
-      Queue<kHeads> queue(sh, handed);
-#pragma unroll 1
-      for (int t = 0; t < tiles; ++t) {
-        const int unit = split + t * p.splits;
-        float dots[128];
-        ptx::mbarrier_wait(&sh.full[ring.stage], ring.phase);
-        wait_for_turn(group);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kHeadDim / 32; ++k) {
-          ptx::wgmma_m64n256k32(dots, key_descriptor + ring.stage * (kKeyBytes >> 4) + k * 2, q_descriptor + k * 2,
-                                k != 0);
-        }
-        ptx::wgmma_commit();
-        end_turn(group);
-        const float scale[2] = {sh.scales[ring.stage][key_row], sh.scales[ring.stage][key_row + 8]};
-        ptx::wgmma_wait<0>();
-        ptx::pin_registers(dots);
-        if (lane == 0) ptx::mbarrier_arrive(&sh.empty[ring.stage]);
-        ring.advance();
-
-#pragma unroll
-        for (int checked = 0; checked < T::kThreadQueries; checked += T::kCheckedQueries) {
-          float threshold[T::kCheckedQueries];
-          if constexpr (kMode == Mode::kCollect) load_floats(threshold, &sh.threshold[first + checked]);
-#pragma unroll
-          for (int i = 0; i < T::kCheckedQueries; ++i) {
-            const int query = checked + i;
-            float score[2];
-#pragma unroll
-            for (int head = 0; head < kHeads; ++head) {
-#pragma unroll
-              for (int r = 0; r < 2; ++r) {
-                const int own = query * kHeads + head;
-                const float dot = fmaxf(dots[own / 2 * 4 + 2 * r + own % 2], 0.0f);
-                score[r] = head == 0 ? gates[own] * dot : fmaf(gates[own], dot, score[r]);
-              }
-            }
-            if constexpr (kMode == Mode::kCollect) {
-              // Keys that the row does not see may pass as well: whoever empties the queue drops them
-#pragma unroll
-              for (int r = 0; r < 2; ++r) {
-                append(queue.end, score[r] * scale[r], threshold[i], unit * 32 + query * 2 + r);
-              }
-            } else {
-              const int limit = sh.limit[first + query];
-              const int slot = first_slot + query * 4;
-#pragma unroll
-              for (int r = 0; r < 2; ++r) {
-                const int x = unit * kPageTokens + key_row + 8 * r;
-                if constexpr (kMode == Mode::kSample) {
-                  if (limit >= 0) {
-                    p.samples[static_cast<uint32_t>(slot * p.num_samples + x)] =
-                        x < limit ? score[r] * scale[r] : __uint_as_float(kInvalidSample);
-                  }
-                } else {
-                  if (x < limit) p.dense[static_cast<int64_t>(slot) * p.dense_stride + x] = score[r] * scale[r];
-                }
-              }
-            }
-          }
-          if constexpr (kMode == Mode::kCollect) queue.hand_over_if_full(sh);
-        }
-      }
-      if constexpr (kMode == Mode::kCollect) {
-        queue.hand_over(sh);
-        wait_until_emptied(sh, handed);
-      }
-
-      sync_group(group);
-      if constexpr (kMode == Mode::kCollect) {
-        if (thread < T::kGroupQueries) {
-          const int from = group * T::kGroupQueries + thread;
-          if (sh.leader[from] == leader) {
-            p.counts[(tile * T::kQueries + from) * p.splits + split] =
-                sh.count[group * T::kGroupQueries + thread % 4 * T::kThreadQueries + thread / 4];
-          }
+        if (sh.leader[from] == leader) {
+          p.counts[(tile * T::kQueries + from) * p.splits + split] =
+              sh.count[group * T::kGroupQueries + thread % 4 * T::kThreadQueries + thread / 4];
         }
       }
     }
@@ -624,9 +694,13 @@ __device__ __forceinline__ void produce_items(const CUtensorMap* map, const Para
                                               Shared<kHeads>& sh) {
   const int tiles = (num_rows + Tile<kHeads>::kQueries - 1) / Tile<kHeads>::kQueries;
   for (int item = blockIdx.x; item < tiles * p.splits; item += gridDim.x) {
-    sync_item();  // the consumers are done with the last item
-    sync_item();  // and have loaded this one
-    produce<kHeads, kMode>(map, p, item % p.splits, ring, sh);
+    sync_item<kMode>();  // the consumers are done with the last item
+    sync_item<kMode>();  // and have loaded this one
+    if constexpr (kMode == Mode::kSample) {
+      produce_samples(p, item % p.splits, ring, sh);
+    } else {
+      produce<kHeads, kMode>(map, p, item % p.splits, ring, sh);
+    }
   }
 }
 
@@ -638,29 +712,35 @@ __device__ __forceinline__ void consume_items(const Params& p, const int32_t* ro
   const int group = threadIdx.x / kGroupThreads;
   if (group == 1) end_turn(group);
   for (int item = blockIdx.x; item < tiles * p.splits; item += gridDim.x) {
-    sync_item();
+    sync_item<kMode>();
     load_rows<kHeads>(p, rows, num_rows, item / p.splits, item % p.splits, sh);
     load_queries<kHeads>(p, group, threadIdx.x % kGroupThreads, sh);
     ptx::fence_proxy_async();
-    sync_item();
+    sync_item<kMode>();
     // Thresholds are the previous kernel's, and the lists lie where it reads its samples
     if constexpr (kMode == Mode::kCollect) ptx::wait_for_previous_kernel();
     consume<kHeads, kMode>(p, item / p.splits, item % p.splits, ring, handed, sh);
   }
   if (group == 0) wait_for_turn(group);
   if constexpr (kMode == Mode::kCollect) {
-    if (threadIdx.x % 32 == 0) ptx::store_release(&sh.handed[threadIdx.x / 32], kNoMoreQueues);
+    Queue<kHeads>(sh, handed).hand_over(sh, kNoMoreQueues);
   }
 }
 
 template <int kHeads, Mode kMode>
 __device__ __forceinline__ Shared<kHeads>& init_shared(uint8_t* raw, const CUtensorMap* map) {
   auto& sh = *reinterpret_cast<Shared<kHeads>*>(raw);
-  if (threadIdx.x < kConsumerWarps) sh.handed[threadIdx.x] = sh.emptied[threadIdx.x] = 0;
+  if (threadIdx.x < kConsumerWarps) {
+    sh.queues_emptied[threadIdx.x] = 0;
+    for (int which = 0; which < 2; ++which) {
+      ptx::mbarrier_init(&sh.handed[which][threadIdx.x], 1);
+      ptx::mbarrier_init(&sh.emptied[which][threadIdx.x], 1);
+    }
+  }
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(map);
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(&sh.full[stage], kMode == Mode::kSample ? 33 : 1);
+      ptx::mbarrier_init(&sh.full[stage], kMode == Mode::kSample ? kGroupThreads : 1);
       ptx::mbarrier_init(&sh.empty[stage], kConsumerThreads / 32);
     }
     ptx::mbarrier_init_fence();
@@ -669,7 +749,7 @@ __device__ __forceinline__ Shared<kHeads>& init_shared(uint8_t* raw, const CUten
   return sh;
 }
 
-// Samples or collects. `map`: boxes of one key (kSample) or one page.
+// Samples, collects or writes all scores. `map`: boxes of one page.
 template <int kHeads, Mode kMode>
 __global__ __launch_bounds__(kThreads, 1) void score_kernel(const __grid_constant__ CUtensorMap map,
                                                             const __grid_constant__ Params p) {
@@ -680,7 +760,7 @@ __global__ __launch_bounds__(kThreads, 1) void score_kernel(const __grid_constan
   RingCursor ring;
   if (threadIdx.x >= kConsumerThreads) {
     ptx::set_fewer_registers<kProducerRegisters>();
-    if (threadIdx.x < kWorkingThreads) {
+    if (threadIdx.x < kWorkingThreads || kMode == Mode::kSample) {
       produce_items<kHeads, kMode>(&map, p, p.num_rows, ring, sh);
     } else if constexpr (kMode == Mode::kCollect) {
       empty_all_queues(p, sh);

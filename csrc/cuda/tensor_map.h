@@ -8,9 +8,8 @@
 
 namespace misa {
 
-/// Boxes of `box_keys` keys of a page (the whole page: 64 x 128 bytes) under the 128-byte swizzle: coordinates
-/// (0, first key, page).
-inline CUtensorMap key_page_map(const IndexCache& cache, int box_keys = kPageTokens) {
+/// Boxes of one page's keys, 64 x 128 bytes, under the 128-byte swizzle: coordinates (0, 0, page).
+inline CUtensorMap key_page_map(const IndexCache& cache) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -22,7 +21,7 @@ inline CUtensorMap key_page_map(const IndexCache& cache, int box_keys = kPageTok
   }();
   const cuuint64_t sizes[3] = {kHeadDim, kPageTokens, static_cast<cuuint64_t>(cache.num_pages)};
   const cuuint64_t strides[2] = {kHeadDim, static_cast<cuuint64_t>(cache.page_stride)};
-  const cuuint32_t box[3] = {kHeadDim, static_cast<cuuint32_t>(box_keys), 1};
+  const cuuint32_t box[3] = {kHeadDim, kPageTokens, 1};
   const cuuint32_t element_strides[3] = {1, 1, 1};
   CUtensorMap map;
   const CUresult result = encode(
