@@ -37,6 +37,15 @@ def arguments(*words):
     return cli.parser().parse_args(words)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are small here, and threads that wait for each other cost more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -397,16 +406,16 @@ def test_paper_selects_what_the_reference_selects():
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """`misa-bench kernels` with torch in the place of all kernels; a pass takes 100 us, stock's 300."""
+    """`misa-bench kernels` with torch in the place of all kernels; a call takes 100 us, stock's 300."""
 
     def time_in_turn(passes, calls, repeats, device, use_graphs):
-        for one_pass in passes.values():
-            one_pass()
         return {name: Timing(300.0 if name[0] == "stock" else 100.0, 400.0, repeats) for name in passes}
 
     monkeypatch.setattr(indexers, "available_kernels", lambda names, device: ({"triton": reference}, ["cuda: none"]))
     monkeypatch.setattr("misa_vllm.seam.stock_indexer_kernels", lambda device: DenseStock())
     monkeypatch.setattr(timing, "time_in_turn", time_in_turn)
+    monkeypatch.setattr(kernels, "PREFILL_CALLS", 2)
+    monkeypatch.setattr(kernels, "DECODE_CALLS", range(2, 3))
     monkeypatch.setattr(timing, "l2_bytes", lambda device: MIB // 16)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(report, "environment", lambda: dict(ENVIRONMENT))
@@ -663,7 +672,8 @@ def stand_in_for_python(monkeypatch, tmp_path, body):
 
 
 def test_engine_process(monkeypatch, tmp_path):
-    stand_in_for_python(monkeypatch, tmp_path, 'echo started; test -f "$4/engine.json" && echo \'{"a": 1}\' > "$4/result.json"')
+    body = 'echo started; test -f "$4/engine.json" && echo \'{"a": 1}\' > "$4/result.json"'
+    stand_in_for_python(monkeypatch, tmp_path, body)
     assert serve_shapes.run_engine(engine(), 60, tmp_path / "logs") == ({"a": 1}, None)
     assert (tmp_path / "logs" / "glm-5-misa.log").read_text() == "started\n"
 

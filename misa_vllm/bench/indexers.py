@@ -1,4 +1,4 @@
-"""The two indexers that the kernel benchmark compares: stock vLLM's and ours, stage by stage, and whether they agree."""
+"""The indexers that the kernel benchmark compares, stock vLLM's and ours, stage by stage, and whether they agree."""
 
 import argparse
 import functools

@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=count, nargs="+", default=batches, help="decode (default: 1 8 32 128)")
     keys = [4096, 16384, 131072]
     parser.add_argument("--decode-keys", type=count, nargs="+", default=keys, help="N (default: 4096 16384 131072)")
-    parser.add_argument("--next-n", type=int, nargs="+", choices=(1, 2, 4), default=[1, 2], help="decode (default: 1 2)")
+    next_n = {"type": int, "nargs": "+", "choices": (1, 2, 4), "default": [1, 2]}
+    parser.add_argument("--next-n", **next_n, help="decode: queries of each request (default: 1 2)")
     text = "decode: the engine's, which bounds captured grids and sizes stock's score rows (default: N)"
     parser.add_argument("--max-model-len", type=count, default=1, help=text)
     text = "time policy misa from 8192 to 1048576 keys, and measure the transient memory of 8192 rows at 1048576"
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "launch anew for each sample instead of replaying a CUDA graph: includes what launching costs the host"
     parser.add_argument("--eager", action="store_true", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also plot the speed-up over the context (.png, .svg)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also plot the speed-up over context (.png, .svg)")
 
 
 def cases_of(args: argparse.Namespace) -> dict[str, list[Case]]:
@@ -161,7 +162,8 @@ class Benchmark:
         from misa_vllm.bench.timing import l2_bytes
 
         self.l2_bytes = l2_bytes(self.device)
-        pages = [calls_and_sets(c, self.l2_bytes)[1] * c.requests * c.pages_each for cs in sections.values() for c in cs]
+        cases = itertools.chain(*sections.values())
+        pages = [calls_and_sets(case, self.l2_bytes)[1] * case.requests * case.pages_each for case in cases]
         if "growth" in sections:
             pages.append(TRANSIENT_KEYS // PAGE_TOKENS)
         try:
@@ -342,7 +344,8 @@ def as_text(result: dict) -> str:
             f"{row['bytes'] / 2**20:.1f} MiB, {row['counted_bytes'] / 2**20:.1f} MiB counted in vLLM's profile"
         )
     if result["growth"]:
-        parts += ["", "growth of policy misa; model: time in proportion to h N + H N / B", *_growth_lines(result["growth"])]
+        parts += ["", "growth of policy misa; model: time in proportion to h N + H N / B"]
+        parts += _growth_lines(result["growth"])
     if result["paper"]:
         parts += ["", "the paper's released approach in plain torch (bf16 keys, keys pooled anew, torch.topk), eager:"]
         parts += [report.aligned_table(HEADER, map(_cells, result["paper"]), left=1)]

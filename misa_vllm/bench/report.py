@@ -20,7 +20,7 @@ class BenchmarkError(Exception):
 def require_gpu() -> None:
     """Raise BenchmarkError unless a CUDA GPU and the supported vLLM are here."""
     if not torch.cuda.is_available():
-        raise BenchmarkError("torch sees no CUDA GPU: run this on a machine with an NVIDIA GPU and a CUDA build of torch")
+        raise BenchmarkError("torch sees no CUDA GPU: run this with an NVIDIA GPU and a CUDA build of torch")
     try:
         from misa_vllm.seam import version_problem
 
