@@ -1,7 +1,7 @@
 """The Triton kernels against the fp32 reference, at sizes that the interpreter can bear.
 
-Every unused byte of the cache is NaN and every unused entry of a block table is wild. The selection is made small,
-so that thresholds, overflowing lists and the path over all scores are reached with few tokens.
+Every unused byte of the cache is NaN and every unused entry of a block table is wild. The lists of the selection
+are made short, so that thresholds, overflowing lists and the path over all scores are reached with few tokens.
 """
 
 import pytest
@@ -20,25 +20,10 @@ ROWS = [(0, 0), (0, 200), (0, 129), (1, 64), (1, 63), (2, 65), (3, 1)]
 
 
 @pytest.fixture(autouse=True)
-def small_selection(monkeypatch):
-    monkeypatch.setattr(select, "MIN_ROW_SLOTS", 48)
-    monkeypatch.setattr(select, "MIN_TAKEN_SLOTS", 64)
+def short_lists(monkeypatch):
+    monkeypatch.setattr(select, "MIN_LIST_SLOTS", 64)
+    monkeypatch.setattr(select, "LISTS", 4)
     monkeypatch.setattr(select, "SAMPLE_STRIDE", 4)
-
-
-@pytest.fixture
-def repaired(monkeypatch):
-    """Per selection, which rows (of its last tile) had to be selected from all their scores."""
-    make, flags = select.scratch, []
-
-    def keep_flags(device, *specs):
-        tensors = make(device, *specs)
-        tensors[-1].zero_()
-        flags.append(tensors[-1])
-        return tensors
-
-    monkeypatch.setattr(select, "scratch", keep_flags)
-    return flags
 
 
 def make_case(lengths=LENGTHS, spec=ROWS, heads=HEADS, keys="random", seed=0):
@@ -154,58 +139,35 @@ def test_rows_outside_the_bounds_keep_their_output(bounds):
 
 
 @pytest.mark.parametrize("active_heads", [3, 8, 16])
-def test_many_rows_of_one_request(active_heads, monkeypatch, repaired):
+def test_many_rows_of_one_request(active_heads, monkeypatch):
     monkeypatch.setattr(score, "multiprocessors", lambda device: 1 + active_heads // 8)  # one or more splits
     spec = [(0, visible) for visible in range(180, 200)] + [(1, 1), (1, 64), (1, 130)]
     q, gates, cache, rows = make_case(lengths=[200, 130], spec=spec, heads=16)
     heads = reference.route_heads(q, gates, cache, rows, active_heads, 64)
     expected = selected(reference, q, gates, heads, cache, rows, 17)
     assert as_sets(selected(kernels, q, gates, heads, cache, rows, 17)) == as_sets(expected)
-    assert sum(int(flags.sum()) for flags in repaired) < len(spec)
 
 
-def test_rows_that_the_sample_fails_are_repaired(repaired):
-    q, gates, cache, rows = make_case(keys="constant")  # all scores reach the threshold: too many for the lists
-    tokens = selected(kernels, q, gates, None, cache, rows, 17)
-    assert as_sets(tokens[rows.visible > 17]) == [set(range(17))] * 5
-    assert torch.equal(repaired[0], (rows.visible > 64).int())
-
-
-def test_an_overflowing_list_is_noticed(monkeypatch, repaired):
-    q, gates, cache, rows = make_case()
-    gates = gates.abs()
-    monkeypatch.setattr(select, "MIN_ROW_SLOTS", 16)  # some 30 scores are kept for k = 17
-    monkeypatch.setattr(select, "MIN_TAKEN_SLOTS", 16)
-    monkeypatch.setattr(select, "TRANSIENT_BYTES", 9000)
-    expected = selected(reference, q, gates, None, cache, rows, 17)
-    assert as_sets(selected(kernels, q, gates, None, cache, rows, 17)) == as_sets(expected)
-    assert sum(int(flags.sum()) for flags in repaired) > 0
+@pytest.mark.parametrize("keys", ["random", "constant", "periodic"])
+def test_tokens_and_their_order_are_the_same_alone_and_in_a_batch(keys):
+    spec = [(0, visible) for visible in range(185, 200)] + [(1, 130), (1, 0), (0, 64)]
+    q, gates, cache, rows = make_case(lengths=[640, 130], spec=spec, keys=keys)
+    rows = QueryRows(rows.block_table, rows.request, rows.visible, 640)  # an upper bound, as in a captured graph
+    batch = selected(kernels, q, gates, None, cache, rows, 17)
+    for m, (_, visible) in enumerate(spec):
+        one = slice(m, m + 1)
+        row = QueryRows(rows.block_table, rows.request[one], rows.visible[one], visible)
+        assert torch.equal(selected(kernels, q[one], gates[one], None, cache, row, 17)[0], batch[m]), f"row {m}"
 
 
 def test_more_rows_than_a_tile_of_the_transient_memory(monkeypatch):
     q, gates, cache, rows = make_case()
     whole = selected(kernels, q, gates, None, cache, rows, 17)
-    limit = 3 * (4 * 2 * 64 + 1024)  # three rows with lists of 64 entries
-    monkeypatch.setattr(select, "TRANSIENT_BYTES", limit)
+    monkeypatch.setattr(select, "TRANSIENT_BYTES", 3 * select.workspace_bytes(1, rows.max_visible, 17))
     make, allocated = scratch.scratch, []
     monkeypatch.setattr(select, "scratch", lambda device, *specs: allocated.append(specs) or make(device, *specs))
-    assert as_sets(selected(kernels, q, gates, None, cache, rows, 17)) == as_sets(whole)
-    assert allocated[0][1][0][0] <= 3  # rows of the lists' counts
-    assert max(map(lambda specs: scratch.spec_bytes(*specs), allocated)) <= limit
-
-
-@pytest.mark.parametrize("rows, requests", [(1, 1), (3, 3), (64, 32), (128, 128), (2048, 1), (8192, 4)])
-@pytest.mark.parametrize("max_visible", [3000, 2**17, 2**20])
-@pytest.mark.parametrize("k", [2048, 8192])
-def test_selections_stay_within_the_stated_workspace(rows, requests, max_visible, k, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(score, "multiprocessors", lambda device: 132)
-    plan = select.plan_selection(torch.device("cpu"), rows, requests, max_visible, k, 8)
-    stated = select.workspace_bytes(rows, max_visible, k)
-    assert scratch.spec_bytes(*plan.specs) <= stated <= scratch.TRANSIENT_BYTES
-    # lists that hold every key of an unsampled row, and room to select one row from all its scores
-    assert plan.list_slots * plan.tiling.lists >= min(plan.unsampled, max_visible)
-    assert plan.pool_words >= plan.repair_programs * plan.repair_stride
+    assert torch.equal(selected(kernels, q, gates, None, cache, rows, 17), whole)
+    assert max(map(lambda specs: scratch.spec_bytes(*specs), allocated)) <= select.TRANSIENT_BYTES
 
 
 def test_workspace_is_bounded_at_a_million_tokens():

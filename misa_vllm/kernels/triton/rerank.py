@@ -15,7 +15,7 @@ from misa_vllm.kernels.triton.fp8 import (
     multiprocessors,
 )
 from misa_vllm.kernels.triton.scratch import TRANSIENT_BYTES, scratch
-from misa_vllm.kernels.triton.select import NONE, TAKE_REGISTERS, UNBOUNDED, best_mask, ordered_bits
+from misa_vllm.kernels.triton.select import NONE, UNBOUNDED, best_mask, ordered_bits
 from misa_vllm.rows import QueryRows
 
 CANDIDATE_TILE = 64
@@ -83,7 +83,6 @@ def rerank_tokens(
             visible_to,
             k,
             SLOTS=slots,
-            maxnreg=TAKE_REGISTERS,
             num_warps=max(4, min(32, slots // 512)),
         )
 
@@ -133,7 +132,7 @@ def _rerank_best_kernel(
         best = live
         found = tl.sum(live.to(tl.int32), axis=0)
         if found > k:
-            best = best_mask(tl.where(live, ordered_bits(score), 0).to(tl.uint32), token, found, k)
+            best = best_mask(tl.where(live, ordered_bits(score), 0), token, k)
         target = out + row * out_stride
         tl.store(target + tl.cumsum(best.to(tl.int32), axis=0) - 1, token, mask=best)
         for start in range(found, k, SLOTS):

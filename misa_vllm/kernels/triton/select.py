@@ -1,120 +1,54 @@
-"""The k best tokens of every row: exact for any scores, deterministic, in bounded memory and without a score matrix.
+"""The k best tokens of every row: exact for any scores, deterministic, in bounded memory.
 
-The scores of a sample of a row's tokens give a threshold that somewhat more than k tokens reach. Scoring then
-keeps only those (`score.py`), and the k best are taken from them exactly. Where that fails (fewer than k kept, or
-more than there was room for), the row is scored again into a buffer and selected from all its scores. So the
-sample decides the time and never the result.
+A tile of rows is scored into a buffer (`score.py`). Every 32nd score of a row estimates a threshold that
+somewhat more than k tokens reach; those are collected into the row's lists, and the k best are taken from the
+lists exactly. A row whose estimate failed (fewer than k collected, or a list too short) is selected from all its
+scores by the program that finds this out. So the estimate decides the time and never the result.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from misa_vllm.kernels.triton.fp8 import DIM, PAGE, fp8_unit, load_fp8
-from misa_vllm.kernels.triton.score import (
-    LIST_KEYS,
-    MAX_ROW_TILE,
-    MAX_SPLITS,
-    QUARTERS,
-    Tiling,
-    collect_scores,
-    load_queries,
-    load_scales,
-    sample_scores,
-    sampled_token,
-    score_arguments,
-    score_options,
-    sum_heads,
-    tile_rows,
-)
-from misa_vllm.kernels.triton.scratch import TRANSIENT_BYTES, scratch
+from misa_vllm.kernels.triton.score import score_tokens
+from misa_vllm.kernels.triton.scratch import TRANSIENT_BYTES, scratch, spec_bytes
 from misa_vllm.reference import NO_TOKEN
 from misa_vllm.rows import QueryRows
 
 NONE = tl.constexpr(NO_TOKEN)
 UNBOUNDED = 2**31 - 1
-MIN_ROW_SLOTS = 6144  # list entries per row, at least: twice what k = 2048 is expected to keep, less for luck
-MIN_TAKEN_SLOTS = 8192  # entries that the final selection holds in registers, at least
+LISTS = 16  # per row, filled by one program each
+MIN_LIST_SLOTS = 8192  # per row over all its lists; rows that see no more than that need no threshold
 SAMPLE_STRIDE = 32
 MAX_SAMPLE = 16384
-FEW_LISTS = 64  # lists of a row that are searched in fewer steps
-TAKE_REGISTERS = 64  # of 512 threads: two programs to a multiprocessor
+SCORE_ALIGNMENT = 64
 SAFETY = tl.constexpr(4.5)  # standard deviations between the estimated threshold and the one that yields k
 
 
-class Plan(NamedTuple):
-    """Sizes of one selection; the memory of the lists also holds the samples (before) and scores (after)."""
-
-    rows: int
-    """Rows selected at a time."""
-    tiling: Tiling
-    list_slots: int
-    stride: int
-    """Every how many tokens one is sampled."""
-    sample: int
-    """Sampled tokens of a row, at most."""
-    taken_slots: int
-    unsampled: int
-    """Up to that many visible tokens, every score is kept."""
-    repair_programs: int
-    repair_stride: int
-    """Scores of a row that is selected from all of them, at most."""
-    pool_words: int
-    """Size of the shared memory in words of 4 bytes."""
-
-    @property
-    def specs(self):
-        return (
-            ((self.pool_words,), torch.float32),
-            ((self.rows, self.tiling.lists), torch.int32),
-            ((self.rows,), torch.float32),
-            ((self.rows,), torch.int32),
-        )
+def list_slots(k: int) -> int:
+    """Slots of all lists of one row: room for the survivors expected for k plus their spread."""
+    return max(MIN_LIST_SLOTS, 2 * triton.next_power_of_2(k))
 
 
-def plan_selection(
-    device: torch.device, rows: int, requests: int, max_visible: int, k: int, active_heads: int
-) -> Plan:
-    """How `select_tokens` cuts and sizes its work."""
-    taken_slots = max(MIN_TAKEN_SLOTS, 2 * triton.next_power_of_2(k))
-    row_slots = max(MIN_ROW_SLOTS, taken_slots * 3 // 4)
-    pages = triton.cdiv(max_visible, PAGE.value)
-    stride = max(SAMPLE_STRIDE, triton.cdiv(max_visible, MAX_SAMPLE))
-    sample = max(16, triton.next_power_of_2(triton.cdiv(max_visible, stride)))
-    least_words = max(2 * row_slots, sample)
-    most = max(1, TRANSIENT_BYTES // (4 * least_words + 1024))
-    unit = MAX_ROW_TILE if most >= MAX_ROW_TILE else 1
-    tiles = triton.cdiv(rows, most // unit * unit)
-    part = min(rows, triton.cdiv(triton.cdiv(rows, tiles), unit) * unit)
-    tiling = tile_rows(device, part, requests, pages, active_heads)
-    every_key = triton.cdiv(pages, tiling.splits) * LIST_KEYS
-    room = (TRANSIENT_BYTES // part - 4 * (tiling.lists + 2)) // (8 * tiling.lists)
-    list_slots = min(every_key, max(room, triton.cdiv(row_slots, tiling.lists)))
-    words = part * max(2 * tiling.lists * list_slots, sample)
-    aligned = pages * PAGE.value
-    return Plan(
-        part,
-        tiling,
-        list_slots,
-        stride,
-        sample,
-        taken_slots,
-        min(taken_slots, tiling.splits * (list_slots // LIST_KEYS) * PAGE.value),
-        max(1, min(part, words // aligned)),
-        aligned,
-        max(words, aligned),
+def _specs(rows: int, max_visible: int, k: int):
+    slots = list_slots(k)
+    return (
+        ((rows, triton.cdiv(max_visible, SCORE_ALIGNMENT) * SCORE_ALIGNMENT), torch.float32),
+        ((rows, slots), torch.float32),
+        ((rows, slots), torch.int32),
+        ((rows, LISTS), torch.int32),
+        ((rows,), torch.float32),
     )
+
+
+def _rows_per_tile(max_visible: int, k: int) -> int:
+    rows = TRANSIENT_BYTES // spec_bytes(*_specs(1, max_visible, k))
+    return max(1, rows // 16 * 16 if rows >= 16 else rows)
 
 
 def workspace_bytes(max_rows: int, max_visible: int, k: int) -> int:
     """Bytes of transient memory that `select_tokens` takes for up to that many rows, visible tokens and k."""
-    pages = triton.cdiv(max_visible, PAGE.value)
-    splits = min(pages, MAX_SPLITS)
-    # the pages of a row, rounded up for each of its splits
-    row_bytes = (pages + splits) * PAGE.value * 8 + (splits * QUARTERS.value + 2) * 4
-    return min(TRANSIENT_BYTES, max_rows * row_bytes)
+    return spec_bytes(*_specs(min(max_rows, _rows_per_tile(max_visible, k)), max_visible, k))
 
 
 def select_tokens(
@@ -129,80 +63,102 @@ def select_tokens(
     visible_to: int | None = None,
 ) -> None:
     """See `misa_vllm.kernels.Kernels.select_tokens`."""
-    if len(rows) == 0:
-        return
     visible_to = UNBOUNDED if visible_to is None else visible_to
     max_visible = min(rows.max_visible, visible_to - 1)
     scored_from = max(visible_from, k + 1)
-    if max_visible < scored_from:
-        _take_all_kernel[(len(rows),)](
-            rows.visible, out, out.stride(0), visible_from, visible_to, k, BLOCK=1024, num_warps=4
-        )
-        return
-    active_heads = q.shape[1] if heads is None else heads.shape[1]
-    plan = plan_selection(q.device, len(rows), rows.block_table.shape[0], max_visible, k, active_heads)
-    pool, list_counts, thresholds, failed = scratch(q.device, *plan.specs)
-    for start in range(0, len(rows), plan.rows):
-        tile = slice(start, start + plan.rows)
-        operands = (q[tile], gates[tile], None if heads is None else heads[tile], index_cache, rows[tile])
-        _select_tile(
-            operands, plan, k, out[tile], visible_from, scored_from, visible_to, pool, list_counts, thresholds, failed
-        )
-
-
-def _select_tile(
-    operands, plan, k, out, visible_from, scored_from, visible_to, pool, list_counts, thresholds, failed
-):  # fmt: skip
-    q, _, heads, _, rows = operands
-    tiling = plan.tiling._replace(row_tiles=triton.cdiv(len(rows), plan.tiling.row_tile))
-    filtered_from = max(scored_from, plan.unsampled + 1)
-    if plan.repair_stride >= filtered_from:
-        samples = pool[: len(rows) * plan.sample].view(len(rows), plan.sample)
-        sample_scores(*operands, tiling, samples, plan.stride, filtered_from, visible_to)
-        _threshold_kernel[(len(rows),)](
-            samples,
-            plan.stride,
-            rows.visible,
-            thresholds,
-            filtered_from,
-            visible_to,
+    scoring = max_visible >= scored_from
+    slots = list_slots(k)
+    tile_rows = _rows_per_tile(max_visible, k) if scoring else max(1, len(rows))
+    specs = _specs(min(tile_rows, len(rows)), max_visible, k) if scoring else _specs(1, 1, 1)
+    scores, list_scores, list_positions, list_counts, thresholds = scratch(q.device, *specs)
+    for start in range(0, len(rows), tile_rows):
+        tile = slice(start, start + tile_rows)
+        part = rows[tile]
+        if scoring:
+            score_tokens(
+                q[tile],
+                gates[tile],
+                None if heads is None else heads[tile],
+                index_cache,
+                part,
+                scores,
+                scored_from,
+                visible_to,
+            )
+            _threshold_kernel[(len(part),)](
+                scores,
+                scores.stride(0),
+                part.visible,
+                thresholds,
+                scored_from,
+                visible_to,
+                k,
+                slots,
+                SAMPLE_STRIDE,
+                SAMPLE=min(MAX_SAMPLE, max(16, triton.next_power_of_2(triton.cdiv(max_visible, SAMPLE_STRIDE)))),
+                num_warps=8,
+            )
+            _collect_kernel[(LISTS, len(part))](
+                scores,
+                scores.stride(0),
+                part.visible,
+                thresholds,
+                list_scores,
+                list_positions,
+                list_counts,
+                scored_from,
+                visible_to,
+                LIST_SLOTS=slots // LISTS,
+                LISTS=LISTS,
+                num_warps=4,
+            )
+        take_best(
+            list_scores,
+            list_positions,
+            list_counts,
+            part.visible,
             k,
-            SAMPLE=plan.sample,
-            num_warps=max(1, min(16, plan.sample // 256)),
+            out[tile],
+            visible_from,
+            visible_to,
+            scores=scores,
         )
-    lists = pool[: 2 * len(rows) * tiling.lists * plan.list_slots].view(torch.int64)
-    collect_scores(
-        *operands, tiling, thresholds, filtered_from, lists, plan.list_slots, list_counts, scored_from, visible_to
-    )
-    _take_best_kernel[(len(rows),)](
-        lists,
-        plan.list_slots,
+
+
+def take_best(
+    list_scores: torch.Tensor,
+    list_positions: torch.Tensor,
+    list_counts: torch.Tensor,
+    visible: torch.Tensor,
+    k: int,
+    out: torch.Tensor,
+    visible_from: int,
+    visible_to: int,
+    scores: torch.Tensor | None,
+) -> None:
+    """The k best entries of each row's lists, into out[:, :k].
+
+    list_scores float32 and list_positions int32 [M, slots], slots a power of two; list_counts [M, lists] int32:
+    filled slots of each of a row's lists, which are equally long; a count above that length says that the list
+    overflowed. scores [M, >= max visible] float32: what such a row is selected from.
+    """
+    slots = list_scores.shape[1]
+    _take_best_kernel[(visible.shape[0],)](
+        list_scores,
+        list_positions,
+        list_positions.stride(0),
         list_counts,
-        tiling.lists,
-        rows.visible,
-        failed,
+        visible,
+        scores,
+        scores.stride(0),
         out,
         out.stride(0),
         visible_from,
         visible_to,
         k,
-        SLOTS=plan.taken_slots,
-        LISTS=FEW_LISTS if tiling.lists <= FEW_LISTS else MAX_SPLITS * QUARTERS.value,
-        maxnreg=TAKE_REGISTERS,
-        num_warps=max(4, min(32, plan.taken_slots // 512)),
-    )
-    one_row = Tiling(1, len(rows), 1, tiling.padded_heads)
-    _repair_kernel[(plan.repair_programs,)](
-        *score_arguments(*operands),
-        failed,
-        pool,
-        plan.repair_stride,
-        out,
-        out.stride(0),
-        k,
-        **score_options(q, heads, one_row),
-        BLOCK=1024,
-        num_stages=3,
+        SLOTS=slots,
+        LISTS=list_counts.shape[1],
+        num_warps=max(4, min(32, slots // 512)),
     )
 
 
@@ -222,119 +178,98 @@ def float_of_bits(ordered):
 
 
 @triton.jit
-def kth_largest(ordered, present, k, TOLERANCE: tl.constexpr):
-    """A lower bound of the k-th largest of uint32 values that no value between it and the k-th largest exceeds.
-
-    So exactly k values reach the bound, or the bound is the k-th largest and several are equal to it. With a
-    TOLERANCE the bound may lie lower by that much. Zeros count as absent; `present` >= k says how many do not.
-    """
-    # bisection between values that do occur: those of one row differ in few leading bits
-    high = tl.max(ordered, axis=0)
-    low = tl.min(tl.where(ordered == 0, 0xFFFFFFFF, ordered).to(tl.uint32), axis=0)
-    reached = present
-    while (high - low > TOLERANCE) & (reached != k):
-        middle = high - ((high - low) >> 1)
-        count = tl.sum((ordered >= middle).to(tl.int32), axis=0)
-        enough = count >= k
-        reached = tl.where(enough, count, reached)
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    return low
-
-
-@triton.jit
-def _threshold_kernel(samples, stride, visible, thresholds, sampled_from, sampled_to, k, SAMPLE: tl.constexpr):
+def _threshold_kernel(
+    scores, scores_stride, visible, thresholds, scored_from, scored_to, k, slots, min_stride, SAMPLE: tl.constexpr
+):
     row = tl.program_id(0)
     count = tl.load(visible + row)
-    if (count >= sampled_from) & (count < sampled_to):
-        index = tl.arange(0, SAMPLE)
-        taken = sampled_token(index, stride) < count
-        sampled = tl.sum(taken.to(tl.int32), axis=0)
+    if (count >= scored_from) & (count < scored_to):
+        stride = tl.maximum(min_stride, tl.cdiv(count, SAMPLE))
+        sampled = tl.cdiv(count, stride)
         # the rank in the sample that lies SAFETY deviations below the expected rank of the k-th best token
         expected = sampled.to(tl.float32) * k / count
         root = 0.5 * (tl.sqrt(4.0 * expected + SAFETY * SAFETY) + SAFETY)
         rank = tl.ceil(root * root).to(tl.int32)
         threshold = float("-inf")
-        if rank < sampled:
-            score = tl.load(samples + row.to(tl.int64) * SAMPLE + index, mask=taken, other=0.0)
-            ordered = tl.where(taken, ordered_bits(score), 0).to(tl.uint32)
-            threshold = float_of_bits(kth_largest(ordered, sampled, rank, 1 << 12))
+        if (count > slots) & (rank < sampled):
+            index = tl.arange(0, SAMPLE)
+            # a shifting offset inside the stride: periodic contexts must not resonate with the sample
+            token = tl.minimum(index * stride + (index * 7919) % stride, count - 1)
+            score = tl.load(scores + row.to(tl.int64) * scores_stride + token, mask=index < sampled, other=0.0)
+            ordered = tl.where(index < sampled, ordered_bits(score), 0)
+            threshold = float_of_bits(_kth_largest(ordered, rank, 12))
         tl.store(thresholds + row, threshold)
 
 
 @triton.jit
-def _take_all(out, count, k, BLOCK: tl.constexpr):
-    """All tokens 0 .. count - 1, then NONE up to k."""
-    for start in range(0, k, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        tl.store(out + token, tl.where(token < count, token, NONE), mask=token < k)
+def _kth_largest(ordered, k, LOWEST_BIT: tl.constexpr):
+    """The k-th largest of uint32 values, low bits below LOWEST_BIT cleared; zeros count as absent."""
+    found = tl.full((), 0, tl.uint32)
+    for step in range(32 - LOWEST_BIT):
+        candidate = found | (tl.full((), 0x80000000, tl.uint32) >> step)
+        enough = tl.sum((ordered >= candidate).to(tl.int32), axis=0) >= k
+        found = tl.where(enough, candidate, found)
+    return found
 
 
 @triton.jit
-def _take_all_kernel(visible, out, out_stride, visible_from, visible_to, k, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _collect_kernel(
+    scores, scores_stride, visible, thresholds, list_scores, list_positions, list_counts, scored_from, scored_to,
+    LIST_SLOTS: tl.constexpr, LISTS: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
     count = tl.load(visible + row)
-    if (count >= visible_from) & (count < visible_to):
-        _take_all(out + row * out_stride, count, k, BLOCK)
+    if (count >= scored_from) & (count < scored_to):
+        threshold = tl.load(thresholds + row)
+        base = row * (LISTS * LIST_SLOTS) + part * LIST_SLOTS
+        filled = 0
+        # lists take turns in short stretches of the context, so that a cluster of good tokens fills all of them
+        for start in range(part * LIST_SLOTS, count, LISTS * LIST_SLOTS):
+            token = start + tl.arange(0, LIST_SLOTS)
+            score = tl.load(scores + row * scores_stride + token, mask=token < count, other=0.0)
+            survives = (token < count) & ((score < threshold) == 0)  # a NaN counts as the best, as in torch.sort
+            slot = filled + tl.cumsum(survives.to(tl.int32), axis=0) - 1
+            stored = survives & (slot < LIST_SLOTS)
+            tl.store(list_scores + base + slot, score, mask=stored)
+            tl.store(list_positions + base + slot, token, mask=stored)
+            filled += tl.sum(survives.to(tl.int32), axis=0)
+        tl.store(list_counts + row * LISTS + part, filled)
 
 
 @triton.jit
 def _take_best_kernel(
-    lists, list_slots, list_counts, list_total, visible, failed, out, out_stride, visible_from, visible_to, k,
-    SLOTS: tl.constexpr, LISTS: tl.constexpr,
+    list_scores, list_positions, positions_stride, list_counts, visible, scores, scores_stride, out, out_stride,
+    visible_from, visible_to, k, SLOTS: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(visible + row)
     out += row * out_stride
-    fails = count < 0
     if (count >= visible_from) & (count < visible_to):
         if count <= k:
-            _take_all(out, count, k, SLOTS)
+            for start in range(0, k, SLOTS):
+                token = start + tl.arange(0, SLOTS)
+                tl.store(out + token, tl.where(token < count, token, NONE), mask=token < k)
         else:
-            ends = list_counts + row * list_total
-            index = tl.arange(0, LISTS)
-            counts = tl.load(ends + index, mask=index < list_total, other=0)
-            end = tl.cumsum(counts, axis=0)
-            found = tl.sum(counts, axis=0)
-            fails = (tl.max(counts, axis=0) > list_slots) | (found < k) | (found > SLOTS)
-            if not fails:
-                # a slot finds its list by bisection, which reads what other threads have written
-                tl.debug_barrier()
-                tl.store(ends + index, end, mask=index < list_total)
-                tl.debug_barrier()
-                lists += row * list_total * list_slots
-                if found <= SLOTS // 2:
-                    _take_best_of_lists(lists, list_slots, ends, list_total, found, out, k, SLOTS // 2, LISTS)
-                else:
-                    _take_best_of_lists(lists, list_slots, ends, list_total, found, out, k, SLOTS, LISTS)
-    tl.store(failed + row, fails.to(tl.int32))
+            LIST_SLOTS: tl.constexpr = SLOTS // LISTS
+            counts = tl.load(list_counts + row * LISTS + tl.arange(0, LISTS))
+            failed = (tl.max(counts, axis=0) > LIST_SLOTS) | (tl.sum(counts, axis=0) < k)
+            if failed:
+                _take_best_of_all(scores + row * scores_stride, count, out, k, SLOTS)
+            else:
+                slot = tl.arange(0, SLOTS)
+                filled = tl.load(list_counts + row * LISTS + slot // LIST_SLOTS) > slot % LIST_SLOTS
+                score = tl.load(list_scores + row * SLOTS + slot, mask=filled, other=0.0)
+                position = tl.load(list_positions + row * positions_stride + slot, mask=filled, other=0)
+                ordered = tl.where(filled, ordered_bits(score), 0)
+                best = best_mask(ordered, position, k)
+                tl.store(out + tl.cumsum(best.to(tl.int32), axis=0) - 1, position, mask=best)
 
 
 @triton.jit
-def _take_best_of_lists(
-    lists, list_slots, ends, list_total, found, out, k, SLOTS: tl.constexpr, LISTS: tl.constexpr
-):  # fmt: skip
-    slot = tl.arange(0, SLOTS)
-    filled = slot < found
-    which = tl.zeros((SLOTS,), tl.int32)
-    for i in tl.static_range(32):
-        if (LISTS >> (i + 1)) > 0:
-            last = which + ((LISTS >> (i + 1)) - 1)
-            end = tl.load(ends + last, mask=filled & (last < list_total), other=SLOTS)
-            which += tl.where(end <= slot, LISTS >> (i + 1), 0)
-    start = tl.load(ends + which - 1, mask=filled & (which > 0), other=0)
-    entry = tl.load(lists + which.to(tl.int64) * list_slots + (slot - start), mask=filled, other=0)
-    position = entry.to(tl.int32)
-    score = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    ordered = tl.where(filled, ordered_bits(score), 0).to(tl.uint32)
-    best = best_mask(ordered, position, found, k)
-    tl.store(out + tl.cumsum(best.to(tl.int32), axis=0) - 1, position, mask=best)
-
-
-@triton.jit
-def best_mask(ordered, position, present, k):
+def best_mask(ordered, position, k):
     """Which entries are the k best: the larger bits, of equal bits the earlier position; zero bits never."""
-    kth = kth_largest(ordered, present, k, 0)
+    kth = _kth_largest(ordered, k, 0)
     equal = ordered == kth
     missing = k - tl.sum((ordered > kth).to(tl.int32), axis=0)
     # the position of the last equal entry that is still taken: the largest p with fewer than `missing` before it
@@ -346,41 +281,6 @@ def best_mask(ordered, position, present, k):
             fewer = tl.sum((equal & (position < candidate)).to(tl.int32), axis=0) < missing
             last = tl.where(fewer, candidate, last)
     return (ordered > kth) | (equal & (position <= last))
-
-
-@triton.jit
-def _repair_kernel(
-    q, q_row_stride, q_head_stride, gates, gates_stride, heads, heads_stride,
-    cache, page_stride, block_table, block_table_stride, request, visible, rows, active_heads,
-    failed, scores, scores_stride, out, out_stride, k,
-    ROUTED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, PADDED_ROWS: tl.constexpr, NATIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    scores += tl.program_id(0).to(tl.int64) * scores_stride
-    token = tl.arange(0, PAGE)
-    dim = tl.arange(0, DIM)
-    first_of_tile = tl.arange(0, PADDED_ROWS) == 0
-    for turn in range(tl.cdiv(rows - tl.program_id(0), tl.num_programs(0))):
-        row = tl.program_id(0) + turn * tl.num_programs(0)
-        if tl.load(failed + row) != 0:
-            query, gate = load_queries(
-                q, q_row_stride, q_head_stride, gates, gates_stride, heads, heads_stride, row, row + 1,
-                active_heads, ROUTED, HEADS, PADDED_ROWS, NATIVE,
-            )  # fmt: skip
-            query = tl.trans(query)
-            count = tl.load(visible + row)
-            pages = block_table + tl.load(request + row).to(tl.int64) * block_table_stride
-            for tile in range(tl.cdiv(count, PAGE)):
-                page = cache + tl.load(pages + tile).to(tl.int64) * page_stride
-                keys = load_fp8(page + token[:, None] * DIM + dim[None, :], None, NATIVE)
-                scales = tl.load(load_scales(page, token))
-                score = sum_heads(tl.dot(keys, query), gate, HEADS, PADDED_ROWS)
-                score = score * (scales * (fp8_unit(NATIVE) * fp8_unit(NATIVE)))[:, None]
-                target = scores + tile * PAGE + token
-                tl.store(tl.broadcast_to(target[:, None], score.shape), score, mask=first_of_tile[None, :])
-            tl.debug_barrier()
-            _take_best_of_all(scores, count, out + row.to(tl.int64) * out_stride, k, BLOCK)
-            tl.debug_barrier()
 
 
 @triton.jit
