@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from tests.engine.conftest import TOPK, random_prompt
+from tests.engine.conftest import ON_GPU, TOPK, random_prompt
 
 PROMPT = random_prompt(TOPK + 836, seed=5)
 
@@ -22,6 +22,8 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def dsa(start_engine, model):
+    if ON_GPU:  # there policy dsa is stock's own code, whose selections are not recorded
+        return run(start_engine, model, policy="misa", min_context=10**6)
     return run(start_engine, model, policy="dsa")
 
 
