@@ -89,6 +89,7 @@ class Engine:
         )
         self.layers: list[int] = []
         self.selected: list[dict[int, set[int]]] = []
+        self.history: list[list[tuple[int, frozenset[int]]]] = []
         self._select = Indexer.select
         engine = self
 
@@ -97,10 +98,13 @@ class Engine:
             if id(indexer) not in engine.layers:
                 engine.layers.append(id(indexer))
                 engine.selected.append({})
-            layer = engine.selected[engine.layers.index(id(indexer))]
+                engine.history.append([])
+            number = engine.layers.index(id(indexer))
             for visible, tokens in zip(rows.visible.tolist(), out.tolist(), strict=True):
                 if visible:  # rows that pad a batch see nothing
-                    layer[visible - 1] = {token for token in tokens if token >= 0}
+                    chosen = frozenset(token for token in tokens if token >= 0)
+                    engine.selected[number][visible - 1] = chosen
+                    engine.history[number].append((visible - 1, chosen))
 
         Indexer.select = record
 
@@ -120,8 +124,12 @@ class Engine:
         assert self.llm.reset_prefix_cache()
 
     def generate(self, prompts: list[list[int]], tokens: int = 8) -> list[list[int]]:
-        """Greedy continuations; `selected` then holds one {position: tokens} per layer (of the last prompt there)."""
-        for layer in self.selected:
+        """Greedy continuations.
+
+        `selected` then holds one {position: tokens} per layer, of the query computed last at a position, and
+        `history` the (position, tokens) of every query computed, in order.
+        """
+        for layer in (*self.selected, *self.history):
             layer.clear()
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.engine.conftest import TOPK, random_prompt
+from tests.engine.conftest import ON_GPU, TOPK, random_prompt
 
 PROMPT = TOPK + 536
 TOKENS = 200
@@ -19,7 +19,10 @@ def engine(start_engine, deepseek_model):
 
 def test_preempted_request_recovers(engine):
     prompts = [random_prompt(PROMPT, seed=3), random_prompt(PROMPT, seed=4)]
-    alone = [engine.generate([prompt], tokens=TOKENS)[0] for prompt in prompts]
+    alone, selections = [], []
+    for prompt in prompts:
+        alone += engine.generate([prompt], tokens=TOKENS)
+        selections.append([dict(layer) for layer in engine.selected])
     free = engine.free_pages
     preempted = []
     preempt = engine.scheduler._preempt_request
@@ -34,5 +37,9 @@ def test_preempted_request_recovers(engine):
     finally:
         engine.scheduler._preempt_request = preempt
     assert preempted, "the pool was large enough for both: nothing was preempted"
-    assert together == alone
+    assert ON_GPU or together == alone
+    for number, layer in enumerate(engine.history[: 1 if ON_GPU else None]):
+        assert len(layer) > sum(len(selection[number]) for selection in selections), "nothing was computed again"
+        for position, tokens in layer:
+            assert tokens in [selection[number].get(position) for selection in selections]
     assert engine.free_pages == free
