@@ -23,6 +23,7 @@ from misa_vllm.kernels.triton.fp8 import (
 from misa_vllm.rows import QueryRows
 
 MIN_ROW_TILE = 4  # the lanes that share a group of eight columns
+MIN_HEADS = 4  # products of fewer than 16 columns take another matrix instruction on Hopper, which rounds differently
 COLUMNS = 128
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
@@ -43,7 +44,7 @@ def score_tokens(
     """
     native = has_fp8_dot(q.device)
     active_heads = q.shape[1] if heads is None else heads.shape[1]
-    padded_heads = max(2, triton.next_power_of_2(active_heads))
+    padded_heads = max(MIN_HEADS, triton.next_power_of_2(active_heads))
     row_tile = max(MIN_ROW_TILE, COLUMNS // padded_heads)
     # rows of different requests share no keys: where requests have few rows, a wide tile would only idle
     if len(rows) <= 4 * rows.block_table.shape[0]:
