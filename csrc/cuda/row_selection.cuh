@@ -51,7 +51,7 @@ struct KeyRange {
   __device__ bool holds(uint32_t key) const { return key >= low && key <= high; }
   __device__ KeyRange part(uint32_t digit) const {
     const uint32_t first = low + (digit << shift());
-    return {first, min(high, first + ((1u << shift()) - 1)), 0, 0};
+    return {first, first + min(high - first, (1u << shift()) - 1), 0, 0};  // the last part must not wrap: it holds NaN
   }
   __device__ bool is_tied() const { return inside > kListedKeys; }
   __device__ bool is_narrow() const { return !is_tied() || low == high; }
