@@ -11,7 +11,7 @@ POOL_BLOCK = 1024
 """Default B: the paper's release (its router pools 1024 keys)."""
 
 MIN_CONTEXT = 0
-"""Default of `min_context`: routing pays as soon as it is possible (more than top-k visible keys, one pool block)."""
+"""Default of `min_context`: heads are routed wherever they can be (more than top-k visible keys, one pool block)."""
 
 CHECKPOINT_FIELDS = {"active_heads": "misa_topk_heads", "pool_block": "misa_k_block_size", "candidates": "misa_stage1_topk"}
 """Option -> field of a checkpoint's config.json that stands in where the option is absent (the paper's release)."""

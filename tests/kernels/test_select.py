@@ -93,10 +93,11 @@ def test_gates_of_all_magnitudes(subject):
         assert_selected(subject, case, heads, select(subject, case, heads))
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, [[9000, 8999]]], ids=["short", "thousands of equal scores"])
 @pytest.mark.parametrize("gate", [torch.inf, -torch.inf, torch.nan])
-def test_scores_that_are_not_finite(subject, gate):
+def test_scores_that_are_not_finite(subject, gate, lengths):
     """Scores are infinite or NaN (an infinite gate on a zero dot product): a valid, repeatable selection."""
-    case = make_case(LENGTHS, 32, exact=True, device=subject.device)
+    case = make_case(lengths, 32, exact=True, device=subject.device)
     gates = case.gates.clone()
     gates[::2, 3] = gate
     case = case.with_gates(gates)
