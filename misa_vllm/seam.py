@@ -146,6 +146,9 @@ def _refuse_unsupported(vllm_config) -> None:
         if not fits:
             remedy = f"{PAGE_TOKENS}" if on_cpu else f"a multiple of {PAGE_TOKENS}"
             raise MISAConfigError(f"--block-size {cache.block_size} is not supported by MISA: use {remedy}")
+    if on_cpu and vllm_config.model_config.dtype not in (torch.bfloat16, torch.float32):
+        dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+        raise MISAConfigError(f"--dtype {dtype} is not supported by MISA on CPU: use bfloat16 or float32")
     if on_cpu and cache.cache_dtype not in ("auto", "bfloat16", "float32", "float16"):
         raise MISAConfigError(f"--kv-cache-dtype {cache.cache_dtype} is not supported by MISA on CPU: use auto")
 

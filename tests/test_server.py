@@ -174,6 +174,7 @@ def test_metrics_tell_what_the_indexer_did(server):
         (["--additional-config", '{"misa": {"pool_blok": 64}}'], "pool_blok"),
         (["--additional-config", '{"misa": {"active_heads": 65}}'], "choose 1 to 64"),
         (["--block-size", "32"], "--block-size 32"),
+        (["--dtype", "float16"], "use bfloat16 or float32"),
     ],
 )
 def test_bad_options_stop_start_up_with_one_line(model, arguments, named):
