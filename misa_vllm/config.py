@@ -1,7 +1,7 @@
 """What a user may set under `--additional-config '{"misa": {...}}'`, and what it comes to for one model."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,8 +29,9 @@ class MISAOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    policy: Literal["misa", "hierarchical", "dsa"] = "misa"
-    """Who selects tokens: routed heads, routed heads re-ranked by all heads, or all heads (exact DSA)."""
+    policy: str = "misa"
+    """Who selects tokens, a name in `misa_vllm.policies.POLICIES`: routed heads ("misa"), routed heads re-ranked by all
+    heads ("hierarchical"), or all heads, exact DSA ("dsa")."""
     active_heads: int | None = Field(default=None, ge=1)
     """h: indexer heads that score for a query. Default 8."""
     pool_block: int | None = Field(default=None, ge=PAGE_TOKENS)
@@ -57,6 +58,8 @@ class IndexerSettings:
     candidates: int
     min_context: int
     audit_every: int = 0
+    routes_heads: bool = True
+    """Whether the policy routes, and therefore needs the page means; one that does not is stock DSA on CUDA."""
 
     @property
     def route_from(self) -> int:
@@ -66,10 +69,6 @@ class IndexerSettings:
         invariant 1): the user's `min_context`, one complete pool block, and more tokens than top-k keeps.
         """
         return max(self.min_context, self.pool_block, self.topk + 1)
-
-    @property
-    def needs_page_means(self) -> bool:
-        return self.policy != "dsa"
 
 
 def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings:
@@ -88,6 +87,12 @@ def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings
         given = MISAOptions(**options)
     except ValidationError as error:
         raise MISAConfigError(_one_line(error)) from None
+    from misa_vllm.policies import POLICIES  # here, because policies are made from the settings defined above
+
+    if given.policy not in POLICIES:
+        raise MISAConfigError(
+            f'option "policy" in additional_config["misa"] cannot be {given.policy!r}: choose {", ".join(POLICIES)}'
+        )
     index_heads = getattr(hf_config, "index_n_heads", None)
     topk = getattr(hf_config, "index_topk", None)
     if not index_heads or not topk:
@@ -117,6 +122,7 @@ def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings
         candidates=pick("candidates", max(8192, topk)),
         min_context=pick("min_context", MIN_CONTEXT),
         audit_every=given.audit_every,
+        routes_heads=POLICIES[given.policy].routes_heads,
     )
     if not 1 <= settings.active_heads <= index_heads:
         raise MISAConfigError(

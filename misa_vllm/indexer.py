@@ -23,7 +23,7 @@ class Indexer:
 
     def update_statistics(self, index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Recompute the mean of every page this step wrote to; every step that writes keys must call it."""
-        if self.settings.needs_page_means:
+        if self.settings.routes_heads:
             self.kernels.update_page_means(index_cache, slot_mapping)
 
     def select(

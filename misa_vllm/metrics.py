@@ -109,7 +109,7 @@ def count_queries(settings: IndexerSettings, first_visible: np.ndarray, last_vis
 
     every = queries_up_to(np.iinfo(np.int32).max)
     selecting_all = queries_up_to(settings.topk)
-    routed = every - queries_up_to(settings.route_from - 1) if settings.policy != "dsa" else 0
+    routed = every - queries_up_to(settings.route_from - 1) if settings.routes_heads else 0
     _add("all", selecting_all)
     _add("routed", routed)
     _add("exact", every - selecting_all - routed)

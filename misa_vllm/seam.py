@@ -239,7 +239,7 @@ def _make_index_cache_class():
 
         def get_kv_cache_spec(self, vllm_config):
             spec = super().get_kv_cache_spec(vllm_config)
-            if self.indexer is None or not self.indexer.settings.needs_page_means:
+            if self.indexer is None or not self.indexer.settings.routes_heads:
                 return spec
             return replace(spec, head_size=PAGE_BYTES // PAGE_TOKENS)
 
@@ -249,7 +249,7 @@ def _make_index_cache_class():
             if self.indexer is None:
                 return
             pages = self.kv_cache
-            if self.indexer.settings.needs_page_means:
+            if self.indexer.settings.routes_heads:
                 info_once(
                     f"MISA page means take {len(pages) * MEAN_BYTES / 2**20:.1f} MiB per indexer layer: {MEAN_BYTES} "
                     f"bytes in each of {len(pages)} pages, {MEAN_BYTES / STOCK_PAGE_BYTES:.1%} of the index keys."
@@ -360,7 +360,7 @@ def _extend_fused_indexer() -> None:
         forward_context = get_forward_context()
         cache = forward_context.no_compile_layers[k_cache_prefix]
         indexer = cache.indexer
-        if indexer is None or indexer.settings.policy == "dsa":
+        if indexer is None or not indexer.settings.routes_heads:
             return stock(hidden_states, k_cache_prefix, kv_cache, q_quant, q_scale, k, weights, *args, **kwargs)
         topk_indices_buffer, max_model_len = args[6], args[4]
         if not isinstance(forward_context.attn_metadata, dict):

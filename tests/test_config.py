@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from misa_vllm.config import MISAConfigError, resolve_settings
+from misa_vllm.policies import POLICIES
 
 V32 = {"architectures": ["DeepseekV32ForCausalLM"], "index_n_heads": 64, "index_topk": 2048, "index_head_dim": 128}
 
@@ -76,3 +77,8 @@ def test_model_without_indexer():
 def test_other_head_dim():
     with pytest.raises(MISAConfigError, match="index_head_dim is 64"):
         resolve_settings({}, model(index_head_dim=64))
+
+
+def test_a_policy_says_itself_whether_it_routes():
+    routing = {name: resolve_settings({"policy": name}, model()).routes_heads for name in POLICIES}
+    assert routing == {"misa": True, "hierarchical": True, "dsa": False}

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -47,6 +48,9 @@ class IndexerStep:
 
 class Policy(ABC):
     """Selects the tokens that sparse attention reads."""
+
+    routes_heads: ClassVar[bool] = True
+    """Whether the policy routes heads, and so needs the page means kept current."""
 
     def __init__(self, settings: IndexerSettings) -> None:
         self.settings = settings

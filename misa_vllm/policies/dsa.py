@@ -6,5 +6,7 @@ from misa_vllm.policies.base import IndexerStep, Policy
 
 
 class DSA(Policy):
+    routes_heads = False
+
     def select(self, step: IndexerStep, out: torch.Tensor) -> None:
         step.select(None, self.settings.topk, out)
