@@ -79,11 +79,17 @@ def metric(server: str, name: str, labels: str = "") -> float:
     return sum(map(float, values))
 
 
-def wait_until_idle(server: str) -> None:
+def wait_until(condition, message: str) -> None:
+    """vLLM sets its gauges after it has answered, so what they tell may be a step old."""
     deadline = time.monotonic() + 60
-    while metric(server, "vllm:num_requests_running") or metric(server, "vllm:num_requests_waiting"):
-        assert time.monotonic() < deadline, "requests are still running"
+    while not condition():
+        assert time.monotonic() < deadline, message
         time.sleep(0.1)
+
+
+def wait_until_idle(server: str) -> None:
+    gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+    wait_until(lambda: not any(metric(server, gauge) for gauge in gauges), "requests are still running")
 
 
 def complete(server: str, **fields):
@@ -144,17 +150,18 @@ def test_bad_request_gets_vllms_error_and_the_server_goes_on(server, content, ex
 
 
 def test_aborted_streams_return_their_pages(server):
+    usage = "vllm:kv_cache_usage_perc"
     wait_until_idle(server)
-    before = metric(server, "vllm:kv_cache_usage_perc")
+    before = metric(server, usage)
     body = {"model": "tiny", "prompt": PROMPTS[3], "max_tokens": 1200, "stream": True, "ignore_eos": True}
     for _ in range(4):
         with httpx.stream("POST", f"{server}/v1/completions", json=body, timeout=120) as answer:
             lines = answer.iter_lines()
             for _ in range(6):
                 next(lines)
-            assert metric(server, "vllm:kv_cache_usage_perc") > before
+            wait_until(lambda: metric(server, usage) > before, "the open stream holds no page")
     wait_until_idle(server)
-    assert metric(server, "vllm:kv_cache_usage_perc") == before
+    wait_until(lambda: metric(server, usage) == before, "the aborted streams kept pages")
 
 
 def test_metrics_tell_what_the_indexer_did(server):
