@@ -1,0 +1,1 @@
+"""Fidelity tools: what MISA keeps of DSA on a checkpoint (`misa-eval`)."""
