@@ -13,11 +13,13 @@ from tests.engine.conftest import ON_GPU, TOPK, random_prompt
 PROMPT = TOPK + 636  # several pages and pool blocks past top-k, and a partial page at the end
 
 
-@pytest.fixture(scope="module", params=["misa", "hierarchical"])
+@pytest.fixture(scope="module", params=["misa", "hierarchical", "hisa"])
 def engine(request, start_engine, deepseek_model):
     options = {"policy": request.param, "active_heads": 8}
     if request.param == "hierarchical":
         options["candidates"] = 2 * TOPK
+    elif request.param == "hisa":
+        options["candidates"] = (TOPK // 128 + 3) * 128  # whole blocks: the first, the newest and the best of the others
     return start_engine(deepseek_model, options)
 
 
