@@ -90,9 +90,14 @@ def extend_fused_indexer(index_cache_class: type) -> None:
         forward_context = get_forward_context()
         cache = forward_context.no_compile_layers[k_cache_prefix]
         indexer = cache.indexer
-        if indexer is None or not indexer.settings.routes_heads:
-            return stock(hidden_states, k_cache_prefix, kv_cache, q_quant, q_scale, k, weights, *args, **kwargs)
         topk_indices_buffer, max_model_len = args[6], args[4]
+        if indexer is None or not indexer.settings.routes_heads:
+            selected = stock(hidden_states, k_cache_prefix, kv_cache, q_quant, q_scale, k, weights, *args, **kwargs)
+            if indexer is not None and indexer.observer and isinstance(forward_context.attn_metadata, dict):
+                rows = _query_rows(forward_context, forward_context.attn_metadata[k_cache_prefix], max_model_len)
+                part = slice(0, len(rows))
+                indexer.observe(q_quant[part], weights[part], cache.index_cache, rows, topk_indices_buffer[part])
+            return selected
         if not isinstance(forward_context.attn_metadata, dict):
             indexer.reserve(topk_indices_buffer.shape[0], max_model_len, hidden_states.device)
             return topk_indices_buffer
