@@ -1,0 +1,406 @@
+"""The small DSA model as it is trained: DeepseekV32ForCausalLM as vLLM computes it, in plain PyTorch.
+
+Parameters carry the checkpoint's names, so a state dict is a Hugging Face checkpoint up to the output matrix, which is
+the embedding. What differs from inference is only how attention is written: keys and values per head instead of the
+latent space, and a mask over all keys instead of gathered ones.
+
+Memory, at T tokens per step of the default size (4 layers, hidden 256, 8 heads), bf16 autocast: a layer keeps about
+10 KB a token for its backward pass (q, k, v and the padded v at 2 KB each, MLP and norms the rest), so 131072 tokens
+keep 5 GB; the logits of one chunk of `LOSS_CHUNK` tokens take 0.3 GB in fp32. Sparse attention adds, per chunk of
+`QUERY_CHUNK_ELEMENTS` (query, key) pairs, 0.5 GB of masks and index_heads * 2 bytes a pair of indexer products
+(1 GB at 2**23 pairs and 64 heads, twice while relu is applied), all freed before the next chunk.
+
+Sources: DeepSeek-V3.2 report, section 2 (DSA, eq. 1-4); MLA, DeepSeek-V2 report, section 2.1.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from misa_vllm.reference import quantize_fp8
+from misa_vllm.train import scores
+
+LOSS_CHUNK = 16384  # tokens whose logits exist at once
+QUERY_CHUNK_ELEMENTS = 2**23  # (query, key) pairs that are scored at once
+KL_CHUNK_ELEMENTS = 2**22  # (sampled query, key) pairs of the indexer's loss at once
+DENSE, SPARSE = "dense", "sparse"
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes of the trained model.
+
+    What the GPU path of vLLM 0.32.0 asks for: kv_lora_rank 512 with 64 RoPE dimensions (FlashMLA, FlashInfer SM90 and
+    FlashAttention-3 sparse MLA), 128 index dimensions (one FP8 scale), top-k 512, 1024 or 2048 (the cooperative and
+    persistent decode top-k). Eight heads divide by two ranks. Every head's query and key have 128 dimensions, so
+    training takes the flash kernel once v is padded.
+    """
+
+    layers: int = 4
+    hidden: int = 256
+    intermediate: int = 448
+    heads: int = 8
+    index_heads: int = 64
+    index_head_dim: int = 128
+    topk: int = 512
+    q_lora_rank: int = 128
+    kv_lora_rank: int = 512
+    nope_head_dim: int = 64
+    rope_head_dim: int = 64
+    v_head_dim: int = 64
+    vocab: int = 4096
+    max_position: int = 131072
+    rope_theta: float = 1_000_000.0
+    eps: float = 1e-6
+
+    def check(self) -> None:
+        """Raise ValueError, one line that says what to change, for a size no model can have."""
+        for field in fields(self):
+            if getattr(self, field.name) <= 0:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}: choose a positive number")
+        if self.rope_head_dim % 2 or self.index_head_dim < self.rope_head_dim:
+            raise ValueError(
+                f"rope_head_dim is {self.rope_head_dim}: choose an even number of at most {self.index_head_dim}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.nope_head_dim + self.rope_head_dim
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def remade(function, *arguments):
+    """The result of `function`, whose intermediate tensors the backward pass computes again instead of keeping."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+# ---------------------------------------------------------------- positions
+
+
+def rope_tables(size: ModelSize, length: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [length, rope/2] float32 of positions 0 .. length - 1."""
+    half = torch.arange(0, size.rope_head_dim, 2, dtype=torch.float32, device=device)
+    frequency = size.rope_theta ** -(half / size.rope_head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency)
+    return angles.cos(), angles.sin()
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE over neighbours (2i, 2i + 1), as MLA has it; x [..., N, heads, rope], cos and sin [N, rope/2]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE over (i, i + rope/2), as V3.2's indexer has it; x [..., N, heads, rope]."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+# ---------------------------------------------------------------- parts
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=inputs**-0.5)
+    return layer
+
+
+class _Fp8(torch.autograd.Function):
+    """Through FP8 e4m3 with one power-of-two scale per vector, and back with the gradient unchanged."""
+
+    @staticmethod
+    def forward(ctx, x):
+        values, scale = quantize_fp8(x)
+        return (values.float() * scale.unsqueeze(-1)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Indexer(nn.Module):
+    """The lightning indexer: I[t, s] = sum over heads of w[t, j] * relu(q[t, j] . k[s]); report, eq. 1."""
+
+    def __init__(self, size: ModelSize) -> None:
+        super().__init__()
+        self.size = size
+        self.wq_b = linear(size.q_lora_rank, size.index_heads * size.index_head_dim)
+        self.wk = linear(size.hidden, size.index_head_dim)
+        self.k_norm = nn.LayerNorm(size.index_head_dim, eps=1e-6)
+        self.weights_proj = linear(size.hidden, size.index_heads)
+
+    def forward(self, hidden: torch.Tensor, latent: torch.Tensor, rope) -> tuple[torch.Tensor, ...]:
+        """Index queries [B, N, H, D], keys [B, N, D] (both dequantised FP8) and gates [B, N, H] float32.
+
+        hidden [B, N, hidden] is the attention's normed input, latent [B, N, q_lora_rank] the normed query latent.
+        """
+        size = self.size
+        q = self.wq_b(latent).unflatten(-1, (size.index_heads, size.index_head_dim))
+        with torch.autocast(hidden.device.type, enabled=False):
+            k = self.k_norm(self.wk(hidden.float()))
+            gates = self.weights_proj(hidden.float()) * (size.index_head_dim * size.index_heads) ** -0.5
+        q, k = (self._rotated(x, rope) for x in (q, k.to(q.dtype).unsqueeze(-2)))
+        return _Fp8.apply(q), _Fp8.apply(k.squeeze(-2)), gates
+
+    def _rotated(self, x: torch.Tensor, rope) -> torch.Tensor:
+        turned, rest = x.split([self.size.rope_head_dim, x.shape[-1] - self.size.rope_head_dim], dim=-1)
+        return torch.cat((rotate_halves(turned, *rope), rest), dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention, over all tokens or over those the indexer selects."""
+
+    def __init__(self, size: ModelSize) -> None:
+        super().__init__()
+        self.size = size
+        self.q_a_proj = linear(size.hidden, size.q_lora_rank)
+        self.q_a_layernorm = RMSNorm(size.q_lora_rank, size.eps)
+        self.q_b_proj = linear(size.q_lora_rank, size.heads * size.head_dim)
+        self.kv_a_proj_with_mqa = linear(size.hidden, size.kv_lora_rank + size.rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(size.kv_lora_rank, size.eps)
+        self.kv_b_proj = linear(size.kv_lora_rank, size.heads * (size.nope_head_dim + size.v_head_dim))
+        self.o_proj = linear(size.heads * size.v_head_dim, size.hidden)
+        self.indexer = Indexer(size)
+
+    def forward(self, x: torch.Tensor, rope, mode: str, kl_rows: torch.Tensor | None, full_kl: bool):
+        """Attention output [B, N, hidden], and the indexer's loss where `kl_rows` [B, R] names queries for it."""
+        size, (batch, length, _) = self.size, x.shape
+        latent = self.q_a_layernorm(self.q_a_proj(x))
+        q = self.q_b_proj(latent).unflatten(-1, (size.heads, size.head_dim))
+        q_nope, q_rope = q.split([size.nope_head_dim, size.rope_head_dim], dim=-1)
+        q = torch.cat((q_nope, rotate_pairs(q_rope, *rope)), dim=-1).transpose(1, 2)
+
+        compressed, k_rope = self.kv_a_proj_with_mqa(x).split([size.kv_lora_rank, size.rope_head_dim], dim=-1)
+        up = self.kv_b_proj(self.kv_a_layernorm(compressed)).unflatten(-1, (size.heads, -1))
+        k_nope, v = up.split([size.nope_head_dim, size.v_head_dim], dim=-1)
+        k_rope = rotate_pairs(k_rope.unsqueeze(-2), *rope).expand(-1, -1, size.heads, -1)
+        k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)
+        # one width for q, k and v is what lets scaled_dot_product_attention take its flash kernel
+        v = F.pad(v, (0, size.head_dim - size.v_head_dim)).transpose(1, 2)
+
+        index = selected = loss = None
+        if mode == SPARSE or kl_rows is not None:
+            with torch.set_grad_enabled(kl_rows is not None):
+                # the indexer learns from its own loss alone (report, section 2.1.1), so its inputs are detached
+                index = self.indexer(x.detach(), latent.detach(), rope)
+        if mode == SPARSE and length > size.topk:
+            selected = select(*(part.detach() for part in index), size.topk)
+        if kl_rows is not None:
+            loss = indexer_loss(q.detach(), k.detach(), index, kl_rows, None if full_kl else selected)
+        if selected is None:
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            attended = sparse_attention(q, k, v, selected)
+        attended = attended[..., : size.v_head_dim].transpose(1, 2).flatten(-2)
+        return self.o_proj(attended), loss
+
+
+class MLP(nn.Module):
+    def __init__(self, size: ModelSize) -> None:
+        super().__init__()
+        self.gate_proj = linear(size.hidden, size.intermediate)
+        self.up_proj = linear(size.hidden, size.intermediate)
+        self.down_proj = linear(size.intermediate, size.hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, size: ModelSize) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(size.hidden, size.eps)
+        self.self_attn = Attention(size)
+        self.post_attention_layernorm = RMSNorm(size.hidden, size.eps)
+        self.mlp = MLP(size)
+
+    def forward(self, x, rope, mode, kl_rows, full_kl):
+        attended, loss = self.self_attn(self.input_layernorm(x), rope, mode, kl_rows, full_kl)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), loss
+
+
+class DsaModel(nn.Module):
+    """The language model; its parameters have the names of the checkpoint."""
+
+    def __init__(self, size: ModelSize) -> None:
+        super().__init__()
+        size.check()
+        self.size = size
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(size.vocab, size.hidden),
+            "layers": nn.ModuleList(Layer(size) for _ in range(size.layers)),
+            "norm": RMSNorm(size.hidden, size.eps),
+        })  # fmt: skip
+        # the embedding is the output matrix too: this makes the first logits small
+        nn.init.normal_(self.model["embed_tokens"].weight, std=0.5 * size.hidden**-0.5)
+        for layer in self.model["layers"]:
+            # a layer adds nothing at first, so depth does not slow the start
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+
+    def indexer_parameters(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.named_parameters() if ".indexer." in name]
+
+    def main_parameters(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.named_parameters() if ".indexer." not in name]
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        mode: str = DENSE,
+        kl_rows: torch.Tensor | None = None,
+        full_kl: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final hidden states [B, N, hidden] of tokens [B, N] int64, and the indexers' loss, a mean over layers.
+
+        mode: `DENSE` attends to every earlier token, `SPARSE` to the `topk` the indexer selects.
+        kl_rows [B, R] int64: query positions at which the indexer learns the attention distribution; None: nowhere.
+        full_kl: in sparse mode too, learn it over all earlier tokens instead of the selected ones.
+        """
+        rope = rope_tables(self.size, tokens.shape[1], tokens.device)
+        x = self.model["embed_tokens"](tokens)
+        losses = []
+        for layer in self.model["layers"]:
+            x, loss = layer(x, rope, mode, kl_rows, full_kl)
+            if loss is not None:
+                losses.append(loss)
+        return self.model["norm"](x), torch.stack(losses).mean() if losses else x.new_zeros(())
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.model["embed_tokens"].weight).float()
+
+    def token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross entropy [T] float32, and whether the likeliest token is right [T] bool, in chunks of tokens."""
+        hidden, targets = hidden.flatten(0, -2), targets.flatten()
+
+        def chunk_losses(hidden, targets):
+            logits = self.logits(hidden)
+            return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+
+        parts = [
+            remade(chunk_losses, *part)
+            for part in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+        ]
+        losses, right = zip(*parts, strict=True)
+        return torch.cat(losses), torch.cat(right)
+
+
+# ---------------------------------------------------------------- sparse attention
+
+
+def query_chunks(batch: int, length: int, elements: int) -> list[tuple[int, int]]:
+    """Ranges of queries whose (query, key) pairs, over the whole batch, number at most about `elements`."""
+    chunk = max(16, 1 << int(math.log2(max(1, elements // (batch * length)))))
+    return [(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+
+
+@torch.no_grad()
+def select(q: torch.Tensor, k: torch.Tensor, gates: torch.Tensor, topk: int) -> torch.Tensor:
+    """Exact DSA selection, [B, N, topk] int32; entries of a row with fewer visible tokens repeat its first token.
+
+    q [B, N, H, D], k [B, N, D] dequantised FP8 (bf16 holds them exactly), gates [B, N, H] float32.
+    """
+    batch, length = k.shape[:2]
+    selected = torch.empty(batch, length, topk, dtype=torch.int32, device=q.device)
+    for start, stop in query_chunks(batch, length, QUERY_CHUNK_ELEMENTS):
+        visible = torch.arange(start, stop, device=q.device).unsqueeze(-1)
+        for row in range(batch):
+            found = scores.index_scores(q[row, start:stop], k[row, :stop], gates[row, start:stop])
+            found.masked_fill_(torch.arange(stop, device=q.device) > visible, -torch.inf)
+            best = found.topk(min(topk, stop), dim=-1, sorted=False).indices
+            # rows with fewer visible tokens than topk select them all, the first one among them
+            selected[row, start:stop] = 0
+            selected[row, start:stop, : best.shape[-1]] = best.masked_fill_(best > visible, 0).to(torch.int32)
+    return selected
+
+
+def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+    """Attention [B, heads, N, D] of q, k, v [B, heads, N, D] over each query's `selected` [B, N, topk] tokens.
+
+    A mask over all keys, made anew in the backward pass: for these sizes that is cheaper than gathering keys, whose
+    gradients would have to be scattered.
+    """
+    length = k.shape[2]
+
+    def chunk_attention(q, k, v, selected):
+        mask = q.new_full((q.shape[0], 1, q.shape[2], k.shape[2]), -torch.inf)
+        mask.squeeze(1).scatter_(-1, selected.long(), 0.0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(-1, q.shape[1], -1, -1))
+
+    parts = []
+    for start, stop in query_chunks(q.shape[0], length, 4 * QUERY_CHUNK_ELEMENTS):
+        # keys in whole sixteens, the alignment that the memory-efficient kernel wants of a mask's rows
+        keys = min(length, -(-stop // 16) * 16)
+        part = q[:, :, start:stop], k[:, :, :keys], v[:, :, :keys], selected[:, start:stop]
+        parts.append(remade(chunk_attention, *part))
+    return torch.cat(parts, dim=2)
+
+
+# ---------------------------------------------------------------- the indexer's loss
+
+
+def indexer_loss(q, k, index, rows: torch.Tensor, selected: torch.Tensor | None) -> torch.Tensor:
+    """KL divergence from the indexer's softmax to the attention distribution, a mean over the queries `rows` [B, R].
+
+    The target is attention summed over heads and L1-normalised, over all earlier tokens (report, eq. 3) or, with
+    `selected` [B, N, topk], over the selected ones (eq. 4). q and k [B, heads, N, D] carry no gradient.
+    """
+    index_q, index_k, gates = index
+    scale = q.shape[-1] ** -0.5
+    length, losses = k.shape[2], []
+
+    def over_all(row_q, row_k, index_q, index_k, gates, visible):
+        hidden = torch.arange(row_k.shape[1], device=row_k.device) > visible.unsqueeze(-1)  # [R, N]
+        with torch.no_grad():
+            attention = torch.einsum("hrd,hnd->hrn", row_q, row_k).float() * scale
+            target = attention.masked_fill(hidden, -torch.inf).softmax(-1).mean(0)
+        score = scores.differentiable_scores(index_q, index_k, gates)
+        return divergence(target, score.masked_fill(hidden, -torch.inf), hidden)
+
+    def over_selected(row_q, row_k, index_q, index_k, gates, chosen):
+        # [heads, R, topk, D] of the attention's keys would be large: its scores over all keys are not
+        is_first = chosen == 0  # the entries that repeat token 0 count once
+        hidden = is_first & (is_first.cumsum(-1) > 1)
+        with torch.no_grad():
+            attention = torch.einsum("hrd,hnd->hrn", row_q, row_k).float() * scale
+            attention = attention.gather(-1, chosen.expand(attention.shape[0], -1, -1))
+            target = attention.masked_fill(hidden, -torch.inf).softmax(-1).mean(0)
+        products = torch.einsum("rhd,rnd->rhn", index_q, index_k[chosen])
+        score = torch.einsum("rh,rhn->rn", gates, products.relu().float())
+        return divergence(target, score.masked_fill(hidden, -torch.inf), hidden)
+
+    chunk = max(1, KL_CHUNK_ELEMENTS // length)
+    for b in range(rows.shape[0]):
+        for some in rows[b].split(chunk):
+            part = q[b, :, some], k[b], index_q[b, some], index_k[b], gates[b, some]
+            if selected is None:
+                losses.append(remade(over_all, *part, some))
+            else:
+                losses.append(remade(over_selected, *part, selected[b, some].long()))
+    return torch.cat(losses).mean()
+
+
+def divergence(target: torch.Tensor, score: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """KL(target || softmax(score)) [R] over the entries that are not `hidden`; both [R, N]."""
+    log_share = score.log_softmax(-1).masked_fill(hidden, 0.0)
+    return (torch.special.xlogy(target, target) - target * log_share).sum(-1)
