@@ -7,7 +7,7 @@ import torch
 from misa_vllm.config import MISAConfigError
 from misa_vllm.index_cache import PAGE_TOKENS
 from misa_vllm.log import info_once, logger, print_as_one_line
-from misa_vllm.seam import BACKEND_NAME, BACKEND_PATH, is_selected, settings_for
+from misa_vllm.seam import BACKEND_NAME, BACKEND_PATH, is_selected, register_backend, settings_for
 
 
 def extend_platform() -> None:
@@ -44,6 +44,7 @@ def _check_and_update_config(original, vllm_config) -> None:
     settings = settings_for(vllm_config)
     _refuse_unsupported(vllm_config)
     metrics.export(settings)
+    _select_for_draft(vllm_config.speculative_config)
     if vllm_config.device_config.device_type != "cpu":
         return original(vllm_config)
     # The platform's MLA kernels read 16-token pages and no context, so it forces that page size and turns
@@ -57,6 +58,15 @@ def _check_and_update_config(original, vllm_config) -> None:
     # model code hands it, every step rotates other elements. vLLM's torch implementation is right.
     vllm_config.compilation_config.custom_ops.append("-rotary_embedding")
     logger.info("MISA on CPU: pages of %d tokens, chunked prefill and prefix caching as configured.", PAGE_TOKENS)
+
+
+def _select_for_draft(speculative_config) -> None:
+    """Give a multi-token-prediction draft, a layer of the same model, the target's backend.
+
+    One of vLLM's two model runners picks a backend anew for every draft that names none.
+    """
+    if speculative_config is not None and speculative_config.method == "mtp":
+        speculative_config.attention_backend = speculative_config.attention_backend or register_backend()
 
 
 def _refuse_unsupported(vllm_config) -> None:
