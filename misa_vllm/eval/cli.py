@@ -5,6 +5,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ TOOLS = {
 
 def parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The command line; only the tool `chosen` is imported and has its arguments."""
-    result = argparse.ArgumentParser(prog="misa-eval", description=__doc__.partition(".")[0])
+    result = argparse.ArgumentParser(prog="misa-eval", description=__doc__.partition(": ")[2].partition(".")[0])
     commands = result.add_subparsers(dest="tool", required=True)
     for name, (module_name, summary) in TOOLS.items():
         if name != chosen:
@@ -36,6 +37,7 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the results alone go to stdout
     args = parser(arguments[0] if arguments else None).parse_args(arguments)
     try:
         return args.run(args) or 0

@@ -32,6 +32,7 @@ class Variant:
     policy: str
     """Name in `POLICIES`."""
     active_heads: int | None = None
+    """h; of policy hisa, the MISA whose cost its candidates match, if any."""
     pool_block: int | None = None
     candidates: int | None = None
     statistic: str | None = None
@@ -142,14 +143,13 @@ def evaluate(
     recalls, masses, routed = [], [], {}
     for variant in variants:
         settings = variant.settings(of_model)
-        routes = settings.routes_heads
-        one = replace(step, kernels=kernels[variant.statistic]) if routes else step
+        one = step if variant.statistic is None else replace(step, kernels=kernels[variant.statistic])
         selected = torch.empty_like(exact)
         make_policy(settings).select(one, selected)
         recalls.append(metrics.recall(selected, exact).tolist())
         if mass is not None:
             masses.append(held(mass, selected).tolist())
-        if routes and variant.routing not in routed:
+        if variant.statistic is not None and variant.routing not in routed:
             heads = one.route(settings.active_heads, settings.pool_block)[visible >= settings.route_from]
             counts = torch.bincount(heads.flatten().long(), minlength=settings.index_heads)
             routed[variant.routing] = (len(heads), counts.tolist())
@@ -170,7 +170,7 @@ def _routed_by(statistic: Statistic, step: IndexerStep) -> RoutedBy:
         if pool_block not in known:
             rows = step.rows
             keys = reference.read_index_keys(step.index_cache, rows.block_table[0], rows.max_visible)
-            known[pool_block] = statistic(step.q.float(), step.gates, keys, rows.visible, pool_block)
+            known[pool_block] = statistic.scores(step.q.float(), step.gates, keys, rows.visible, pool_block)
         return known[pool_block]
 
     return RoutedBy(step.kernels, scores)

@@ -10,12 +10,19 @@ adds to the scores is |w| sum_s relu(q . k_s), which `oracle` computes and the o
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from misa_vllm.reference import router_scores
 
-Statistic = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+@dataclass(frozen=True)
+class Statistic:
+    scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+    """(q, gates, keys, visible, pool_block) -> S."""
+    vectors: int | None
+    """How many vectors of D a block leaves for the router to read; None: all its keys."""
 
 
 def _blocks(keys: torch.Tensor, pool_block: int) -> torch.Tensor:
@@ -40,7 +47,8 @@ def mean_positive(q, gates, keys, visible, pool_block: int) -> torch.Tensor:
     """S = |w| sum_b (relu(q) . mean of relu(k) + relu(-q) . mean of relu(-k)), means over the keys k of the block.
 
     Where relu(q . mean) is at most the block's mean of relu(q . k), by convexity, this is at least that mean: it
-    adds up the positive products of the single dimensions.
+    adds up the positive products of the single dimensions. It is linear in the means, so the pool block only
+    decides how many of the newest keys are left out.
     """
     blocks = _blocks(keys, pool_block)
     signs = torch.cat([blocks.relu().mean(dim=1), (-blocks).relu().mean(dim=1)], dim=-1)
@@ -54,11 +62,11 @@ def oracle(q, gates, keys, visible, pool_block: int) -> torch.Tensor:
     return gates.abs() * torch.stack(sums, dim=1)
 
 
-STATISTICS: dict[str, Statistic] = {
-    "mean": mean,
-    "mean_max": mean_max,
-    "mean_positive": mean_positive,
-    "oracle": oracle,
+STATISTICS = {
+    "mean": Statistic(mean, 1),
+    "mean_max": Statistic(mean_max, 2),
+    "mean_positive": Statistic(mean_positive, 2),
+    "oracle": Statistic(oracle, None),
 }
 SERVED = "mean"
 """The one that MISA serves; it is evaluated by the kernels that serve it."""
