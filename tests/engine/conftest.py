@@ -90,6 +90,7 @@ class Engine:
         self.layers: list[int] = []
         self.selected: list[dict[int, set[int]]] = []
         self.history: list[list[tuple[int, frozenset[int]]]] = []
+        self.block_table = torch.empty(0, 0, dtype=torch.int32)
         self._select = Indexer.select
         engine = self
 
@@ -100,6 +101,7 @@ class Engine:
                 engine.selected.append({})
                 engine.history.append([])
             number = engine.layers.index(id(indexer))
+            engine.block_table = rows.block_table.cpu().clone()
             for visible, tokens in zip(rows.visible.tolist(), out.tolist(), strict=True):
                 if visible:  # rows that pad a batch see nothing
                     chosen = frozenset(token for token in tokens if token >= 0)
@@ -116,6 +118,12 @@ class Engine:
     def free_pages(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
+    @property
+    def index_caches(self) -> list[torch.Tensor]:
+        """Every indexer layer's cache, uint8 [pages, page_bytes], in the order of the model's layers."""
+        layers = self.llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        return [layer.index_cache for name, layer in layers.items() if name.endswith("indexer.k_cache")]
+
     def set_chunk(self, tokens: int) -> None:
         """Schedule at most `tokens` tokens a step from now on."""
         self.scheduler.max_num_scheduled_tokens = tokens
@@ -126,8 +134,8 @@ class Engine:
     def generate(self, prompts: list[list[int]], tokens: int = 8) -> list[list[int]]:
         """Greedy continuations.
 
-        `selected` then holds one {position: tokens} per layer, of the query computed last at a position, and
-        `history` the (position, tokens) of every query computed, in order.
+        `selected` then holds one {position: tokens} per layer, of the query computed last at a position, `history`
+        the (position, tokens) of every query computed, in order, and `block_table` the pages of the last step.
         """
         for layer in (*self.selected, *self.history):
             layer.clear()
