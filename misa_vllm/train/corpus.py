@@ -49,8 +49,8 @@ class Source:
 
 
 SOURCES = (
-    Source("dict-gcide", 24),
-    Source("anarchism", 12),
+    Source("dict-gcide", 16),
+    Source("anarchism", 10),
     Source("dict-foldoc", 6),
     Source("dict-jargon", 2, permissive=True),
     Source("dict-devil", 1, permissive=True),
@@ -67,32 +67,32 @@ SOURCES = (
     Source("doc-debian", 1),
     Source("installation-guide-amd64", 3),
     Source("aptitude-doc-en", 1),
-    Source("python3.11-doc", 10, permissive=True),
-    Source("python-django-doc", 6, permissive=True),
-    Source("python-sqlalchemy-doc", 5),
+    Source("python3.11-doc", 7.5, permissive=True),
+    Source("python-django-doc", 4.5, permissive=True),
+    Source("python-sqlalchemy-doc", 3),
     Source("twisted-doc", 3),
-    Source("postgresql-doc-15", 10, permissive=True),
+    Source("postgresql-doc-15", 6, permissive=True),
     Source("sqlite3-doc", 6, permissive=True),
     Source("apache2-doc", 5, permissive=True),
-    Source("git-doc", 5),
+    Source("git-doc", 4),
     Source("mercurial-common", 2),
-    Source("linux-doc-6.1", 14),
+    Source("linux-doc-6.1", 9),
     Source("manpages", 2),
     Source("manpages-dev", 4),
-    Source("perl-doc", 8),
-    Source("vim-doc", 5),
+    Source("perl-doc", 6),
+    Source("vim-doc", 3),
     Source("zsh-doc", 2),
     Source("bash-doc", 1),
     Source("postfix-doc", 3),
     Source("maxima-doc", 3),
     Source("octave-doc", 3),
     Source("libstdc++-12-doc", 2),
-    Source("racket-doc", 4),
+    Source("racket-doc", 2),
     Source("haskell98-report", 1),
     Source("python-pandas-doc", 3),
     Source("gnupg", 0.5),
 )
-PYTHON_MEGABYTES = 6
+PYTHON_MEGABYTES = 3.5
 PYTHON = "python-library"
 
 SKIP_NAMES = re.compile(
@@ -381,7 +381,7 @@ def write(folder: Path, vocabulary: int = VOCABULARY, cache: Path | None = None,
         report[name] = {"documents": len(texts), "bytes": sum(map(len, texts)), "tokens": count}
         log(f"{name}: {report[name]}")
     (folder / "corpus.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    with tarfile.open(folder / "bundle.tar.xz", "w:xz") as bundle:
+    with tarfile.open(folder / "bundle.tar.xz", "w:xz", preset=9) as bundle:
         for name in ("tokenizer.json", "train.bin", "heldout.bin", "corpus.json"):
             bundle.add(folder / name, name)
     log(f"bundle.tar.xz: {(folder / 'bundle.tar.xz').stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,108 @@
+"""What is trained when: the stages of DeepSeek-V3.2's recipe, as shares of the time there is."""
+
+from dataclasses import dataclass, replace
+
+from misa_vllm.train.model import DENSE, SPARSE, ModelSize
+from misa_vllm.train.tasks import Mix
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of training with one sequence length and one kind of attention."""
+
+    name: str
+    share: float
+    """Of the whole training time."""
+    length: int
+    tokens: int
+    """Per step."""
+    mode: str = DENSE
+    train_model: bool = True
+    """False: the indexer alone learns (warm-up; report, section 2.1.1)."""
+    kl_rows: int = 0
+    """Queries per sequence at which the indexer learns; 0: it does not."""
+    full_kl: bool = False
+    rate: float = 1.0
+    """Learning rates of this stage, as a factor."""
+    mix: Mix = Mix()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model's size and the stages that train it."""
+
+    size: ModelSize
+    stages: tuple[Stage, ...]
+    muon_rate: float = 0.02
+    adam_rate: float = 0.003
+    index_rate: float = 0.5
+    """Learning rates of the indexer, as a factor of the others'."""
+    steady: float = 0.6
+    """Share of the time before the learning rate starts to fall, linearly, to `final_rate`."""
+    final_rate: float = 0.03
+
+    def stage_at(self, progress: float) -> int:
+        """Number of the stage that is on at `progress` in [0, 1)."""
+        whole, passed = sum(stage.share for stage in self.stages), 0.0
+        for number, stage in enumerate(self.stages):
+            passed += stage.share / whole
+            if progress < passed - 1e-9:
+                return number
+        return len(self.stages) - 1
+
+    def rate_at(self, progress: float) -> float:
+        """Factor of the learning rates."""
+        if progress < self.steady:
+            return 1.0
+        return 1.0 - (1.0 - self.final_rate) * (progress - self.steady) / (1.0 - self.steady)
+
+
+SHORT = Mix(inserted=0.75, plain=0.1)
+MEDIUM = Mix(inserted=0.5, plain=0.1)
+LONG = Mix(inserted=0.35, plain=0.1)
+
+
+def full_plan() -> Plan:
+    """The project's model, for one H100 or H200."""
+    return Plan(
+        ModelSize(),
+        (
+            Stage("dense-256", 0.07, 256, 65536, mix=SHORT),
+            Stage("dense-1k", 0.16, 1024, 65536, mix=MEDIUM),
+            Stage("dense-4k", 0.14, 4096, 65536, mix=MEDIUM),
+            Stage("dense-16k", 0.10, 16384, 65536, mix=LONG),
+            Stage("dense-32k", 0.10, 32768, 65536, mix=LONG),
+            Stage("warmup-8k", 0.04, 8192, 65536, train_model=False, kl_rows=96, mix=LONG),
+            Stage("warmup-32k", 0.05, 32768, 65536, train_model=False, kl_rows=256, mix=LONG),
+            Stage("sparse-8k", 0.12, 8192, 65536, SPARSE, kl_rows=96, rate=0.7, mix=LONG),
+            Stage("sparse-32k", 0.12, 32768, 65536, SPARSE, kl_rows=256, rate=0.7, mix=LONG),
+            Stage("sparse-128k", 0.10, 131072, 131072, SPARSE, kl_rows=512, rate=0.7, mix=LONG),
+        ),
+    )
+
+
+def cpu_plan() -> Plan:
+    """A small model whose stages show on one CPU core what the full one's do."""
+    size = ModelSize(
+        layers=3, hidden=128, intermediate=256, heads=4, index_heads=8, index_head_dim=64, topk=64, q_lora_rank=64,
+        kv_lora_rank=128, nope_head_dim=32, rope_head_dim=32, v_head_dim=32, max_position=8192,
+    )  # fmt: skip
+    return Plan(
+        size,
+        (
+            Stage("dense-128", 0.35, 128, 2048, mix=SHORT),
+            Stage("dense-256", 0.2, 256, 2048, mix=SHORT),
+            Stage("dense-512", 0.1, 512, 2048, mix=MEDIUM),
+            Stage("warmup-512", 0.1, 512, 2048, train_model=False, kl_rows=64, mix=MEDIUM),
+            Stage("sparse-512", 0.15, 512, 2048, SPARSE, kl_rows=64, rate=0.7, mix=MEDIUM),
+            Stage("sparse-1024", 0.1, 1024, 2048, SPARSE, kl_rows=64, rate=0.7, mix=MEDIUM),
+        ),
+    )
+
+
+PLANS = {"full": full_plan, "cpu": cpu_plan}
+
+
+def with_vocabulary(plan: Plan, vocabulary: int) -> Plan:
+    """The plan for a tokenizer of `vocabulary` tokens."""
+    return replace(plan, size=replace(plan.size, vocab=vocabulary))
