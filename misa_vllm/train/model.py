@@ -28,6 +28,11 @@ LOSS_CHUNK = 16384  # tokens whose logits exist at once
 QUERY_CHUNK_ELEMENTS = 2**23  # (query, key) pairs that are scored at once
 KL_CHUNK_ELEMENTS = 2**22  # (sampled query, key) pairs of the indexer's loss at once
 DENSE, SPARSE = "dense", "sparse"
+EMBEDDING_STD = 0.5  # times hidden ** -0.5: the first logits' spread
+# of the first layer's heads that look back at their start: how many times an embedding's spread its common component
+# is, and the logit that the fastest pair of RoPE dimensions gives the right distance
+COMMON_COMPONENT = 8.0
+NEIGHBOUR_LOGIT = 12.0
 
 
 @dataclass(frozen=True)
@@ -252,11 +257,46 @@ class DsaModel(nn.Module):
             "norm": RMSNorm(size.hidden, size.eps),
         })  # fmt: skip
         # the embedding is the output matrix too: this makes the first logits small
-        nn.init.normal_(self.model["embed_tokens"].weight, std=0.5 * size.hidden**-0.5)
+        nn.init.normal_(self.model["embed_tokens"].weight, std=EMBEDDING_STD * size.hidden**-0.5)
         for layer in self.model["layers"]:
             # a layer adds nothing at first, so depth does not slow the start
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)
+        self._look_back()
+
+    @torch.no_grad()
+    def _look_back(self) -> None:
+        """Let some heads of the first layer start out attending to the token 1, 2, ... places before.
+
+        Copying needs a head that finds where the current token stood before by what the following token knows of its
+        predecessors. Small models take thousands of steps to find the first half of that by chance; here it is given,
+        and the second half is learnt in hundreds. The embedding gets a common component (it moves all logits alike),
+        which those heads' RoPE parts read: q turned back by the distance meets k at just that distance.
+        """
+        size, attention = self.size, self.model["layers"][0].self_attn
+        common = COMMON_COMPONENT * EMBEDDING_STD * size.hidden**-0.5
+        self.model["embed_tokens"].weight[:, 0] = common
+        attention.q_a_proj.weight[0].zero_()
+        attention.q_a_proj.weight[0, 0] = 1.0
+        rope = attention.kv_a_proj_with_mqa.weight[size.kv_lora_rank :].unflatten(0, (-1, 2))  # [pairs, 2, hidden]
+        rope.zero_()
+        rope[:, 0, 0] = 1.0
+        per_head = attention.q_b_proj.weight.unflatten(0, (size.heads, size.head_dim))
+        pairs = torch.arange(0, size.rope_head_dim, 2)
+        frequency = size.rope_theta ** -(pairs / size.rope_head_dim)
+        # fast pairs tell neighbours apart, slower ones keep far places that happen to agree with the fast ones away
+        useful = frequency.sqrt() * (frequency > 0.003)
+        # what the norms make of the common component, in q's latent and in k
+        in_x = COMMON_COMPONENT / math.sqrt(1 + COMMON_COMPONENT**2 / size.hidden)
+        in_latent = in_x / math.sqrt(1 + in_x**2 / size.q_lora_rank)
+        gain = NEIGHBOUR_LOGIT * math.sqrt(size.head_dim) / (in_x * in_latent)
+        for head in range(size.heads // 3 + (size.heads > 2)):
+            angle = -frequency * (head + 1)
+            turned = torch.stack((angle.cos(), angle.sin()), dim=-1) * (gain * useful).unsqueeze(-1)
+            per_head[head].zero_()
+            per_head[head, size.nope_head_dim :, 0] = turned.flatten()
+            columns = slice(head * size.v_head_dim, (head + 1) * size.v_head_dim)
+            nn.init.normal_(attention.o_proj.weight[:, columns], std=EMBEDDING_STD * (size.hidden * size.v_head_dim) ** -0.5)
 
     def indexer_parameters(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if ".indexer." in name]

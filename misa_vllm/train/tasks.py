@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from misa_vllm.eval.needles import ADJECTIVES, NOUNS, Needle, draw_needle
-from misa_vllm.train.bpe import BOS, END, Encoder
+from misa_vllm.train.bpe import BOS, END, SPECIAL_TOKENS, Encoder
 
 TEXT, NEEDLE, FACT, LOOKUP, VARIABLE, PASSAGE, REPEAT = range(7)
 TASKS = ("text", "needle", "fact", "lookup", "variable", "passage", "repeat")
@@ -39,6 +39,8 @@ class Mix:
     """How often each of `TASKS` is drawn."""
     chat: float = 0.2
     """Share of sequences in the chat template's form."""
+    drill: float = 0.0
+    """Share of sequences that only repeat meaningless words: what teaches copying soonest."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,8 @@ def make_sample(corpus: Corpus, mix: Mix, length: int, seed: str) -> Sample:
     rng = random.Random(seed)
     total = length + 1
     chat = rng.random() < mix.chat
+    if rng.random() < mix.drill:
+        return _drill(corpus, rng, total)
     head = [corpus.begin] * (chat or rng.random() < 0.7) + [corpus.user] * chat
     if rng.random() < mix.plain:
         tokens = np.concatenate([np.array(head, np.uint16), corpus.crop(rng, total - len(head))])
@@ -318,6 +322,16 @@ def make_sample(corpus: Corpus, mix: Mix, length: int, seed: str) -> Sample:
             later = rng.random() if rng.random() < 0.7 else rng.random() ** 3
             placed.append((_end_at(ends, first + (1 - first) * later, reach), 1000 + order, question))
     return _assembled(head, text, sorted(placed, key=lambda entry: entry[:2]), tail, total)
+
+
+def _drill(corpus: Corpus, rng: random.Random, total: int) -> Sample:
+    """Some random tokens over and over: all but the first round can be read further up."""
+    period = rng.randint(8, max(8, total // 2))
+    ordinary = range(len(SPECIAL_TOKENS), len(corpus.encoder))
+    tokens = np.resize(np.array([rng.choice(ordinary) for _ in range(period)], np.uint16), total)
+    weights, tasks = np.full(total, WEIGHT_UNIT, np.uint8), np.full(total, REPEAT, np.uint8)
+    weights[: period + 1], tasks[: period + 1] = HIDDEN_WEIGHT, NOT_SCORED
+    return Sample(tokens, weights, tasks)
 
 
 def _end_at(ends: np.ndarray, place: float, reach: int) -> int:
