@@ -103,19 +103,13 @@ def run(args: argparse.Namespace) -> int:
     prompts = [checkpoint.encode(text) for text in texts]
     require_lengths(args, prompts, topk, checkpoint.max_model_len)
     llm = start_engine(args)
-    contexts = [
-        measure(
-            llm,
-            [prompt[: context - 1] for prompt in prompts],
-            sample_positions(context, topk, args.queries, args.seed),
-            variants_of(args, context, topk, index_heads),
-            topk,
-            index_heads,
-            context,
-            Progress(args.context, len(prompts)),
-        )
-        for context in args.context
-    ]
+    progress = Progress(args.context, len(prompts))
+    contexts = []
+    for context in args.context:
+        positions = sample_positions(context, topk, args.queries, args.seed)
+        variants = variants_of(args, positions, topk, index_heads)
+        beginnings = [prompt[: context - 1] for prompt in prompts]
+        contexts.append(measure(llm, beginnings, positions, variants, topk, index_heads, context, progress))
     result = {
         "environment": environment(),
         "seconds": round(time.monotonic() - started, 1),
@@ -226,16 +220,15 @@ def sample_positions(context: int, topk: int, count: int, seed: int) -> list[int
     return [rng.randrange(low, high) for low, high in zip(edges, edges[1:])]
 
 
-def variants_of(args: argparse.Namespace, context: int, topk: int, index_heads: int) -> list[Variant]:
-    """What is compared at this context length."""
+def variants_of(args: argparse.Namespace, positions: Sequence[int], topk: int, index_heads: int) -> list[Variant]:
+    """What is compared for queries at these positions."""
     found = []
     for policy in args.policy:
         if policy == "hisa":
-            fewest = max(2, -(-topk // HISA_BLOCK))
-            found.append(Variant("hisa", candidates=HISA_BLOCK * max(fewest, HISA_BLOCKS)))
-            for h in args.heads:
-                blocks = equal_cost_blocks(h, args.pool_block[-1], context, topk, index_heads)
-                found.append(Variant("hisa", active_heads=h, candidates=HISA_BLOCK * max(fewest, blocks)))
+            found.append(Variant("hisa", candidates=max(HISA_BLOCK * HISA_BLOCKS, -(-topk // HISA_BLOCK) * HISA_BLOCK)))
+            widest = args.pool_block[-1]
+            ours = [Variant("misa", h, widest, None, SERVED) for h in args.heads]
+            found += [equal_cost_hisa(one, np.asarray(positions), topk, index_heads) for one in ours]
             continue
         candidates = max(args.candidates, topk) if policy == "hierarchical" else None
         for statistic in args.statistics:
@@ -244,33 +237,38 @@ def variants_of(args: argparse.Namespace, context: int, topk: int, index_heads: 
     return found
 
 
-def equal_cost_blocks(active_heads: int, pool_block: int, context: int, topk: int, index_heads: int) -> int:
-    """m with which HISA computes as many products q . k as MISA does.
+def equal_cost_hisa(misa: Variant, positions: np.ndarray, topk: int, index_heads: int) -> Variant:
+    """HISA with the most blocks m for which its queries cost no more than those of `misa`.
 
-    A query that sees v keys costs MISA h v + H v / B products and HISA H v / 128 + H 128 m, 128 being HISA's block. At
-    the sampled queries' mean, v = (topk + context) / 2, both are equal for m = (h / H + 1 / B - 1 / 128) v / 128.
+    With v visible keys a query of MISA costs h v + H v / B products, one of HISA H v / 128 + H 128 m (H v, exact DSA,
+    where m blocks hold all), 128 being HISA's block; both are summed over the sampled queries. HISA needs enough
+    blocks for k tokens and never fewer than two: `cost` shows where that is more than MISA's.
     """
-    visible = (topk + context) / 2
-    return round((active_heads / index_heads + 1 / pool_block - 1 / HISA_BLOCK) * visible / HISA_BLOCK)
+    limit = cost(misa, positions, topk, index_heads)
+    fewest = max(2, -(-topk // HISA_BLOCK))
+
+    def with_blocks(m: int) -> Variant:
+        return Variant("hisa", active_heads=misa.active_heads, candidates=m * HISA_BLOCK)
+
+    most = int(positions[-1]) // HISA_BLOCK + 1
+    fitting = (m for m in range(most, fewest, -1) if cost(with_blocks(m), positions, topk, index_heads) <= limit)
+    return with_blocks(next(fitting, fewest))
 
 
-def cost(variant: Variant, positions: Iterable[int], topk: int, index_heads: int) -> float:
+def cost(variant: Variant, positions: np.ndarray, topk: int, index_heads: int) -> float:
     """Products q . k that the variant computes for these queries, as a share of DSA's."""
-    ours = dsa = 0.0
-    for position in positions:
-        visible = position + 1
-        dsa += index_heads * visible
-        # below these lengths the policies are exact DSA
-        exact = visible <= max(topk, variant.candidates or 0) or visible < (variant.pool_block or 0)
-        vectors = STATISTICS[variant.statistic].vectors if variant.statistic else 0
-        if exact or vectors is None:
-            ours += index_heads * visible
-        elif variant.policy == "hisa":
-            ours += index_heads * (visible / HISA_BLOCK + variant.candidates)
-        else:
-            routing = index_heads * vectors * visible / variant.pool_block
-            ours += routing + variant.active_heads * visible + index_heads * (variant.candidates or 0)
-    return ours / dsa
+    visible = np.asarray(positions) + 1.0
+    # below these lengths the policies are exact DSA
+    exact = (visible <= max(topk, variant.candidates or 0)) | (visible < (variant.pool_block or 0))
+    vectors = STATISTICS[variant.statistic].vectors if variant.statistic else 0
+    if vectors is None:
+        ours = visible
+    elif variant.policy == "hisa":
+        ours = visible / HISA_BLOCK + variant.candidates
+    else:
+        routing = vectors * visible / variant.pool_block
+        ours = variant.active_heads / index_heads * visible + routing + (variant.candidates or 0)
+    return float(np.where(exact, visible, ours).sum() / visible.sum())
 
 
 # ---------------------------------------------------------------- measurement
@@ -446,7 +444,7 @@ def summary(
             {
                 **asdict(variant),
                 "name": name_of(variant),
-                "cost": cost(variant, positions.tolist(), topk, index_heads),
+                "cost": cost(variant, positions, topk, index_heads),
                 **_recall_figures(recall),
                 "worst_layer": worst["layer"],
                 "worst_layer_recall": worst["recall_mean"],
