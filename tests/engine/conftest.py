@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+from contextlib import ExitStack, contextmanager
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -14,8 +15,8 @@ from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod  # noqa: E402
 
-from misa_vllm.indexer import Indexer  # noqa: E402
 from misa_vllm.models import tiny  # noqa: E402
+from tests.engine.recorder import Recorder  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 # vLLM's own kernels on GPUs want a power of two they were built for, and the attention head counts of real models
@@ -74,41 +75,46 @@ def row_by_row_products():
         yield
 
 
+@contextmanager
+def offline_engine(model: str, misa: dict | None, **options):
+    """vLLM's `LLM`, stock (`misa` None) or under the backend with these options; it leaves nothing behind."""
+    if misa is not None:
+        options |= {"attention_backend": "misa", "additional_config": {"misa": misa}}
+    llm = LLM(model, **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def greedy(llm: LLM, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """The prompts' greedy continuations."""
+    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
 class Engine:
-    """vLLM's offline engine under `misa`, with the selections of every layer recorded."""
+    """An engine under `misa` whose pool blocks are pages, with the selections of every layer recorded."""
 
     def __init__(self, model: str, misa: dict, **options) -> None:
-        self.llm = LLM(
-            model,
-            attention_backend="misa",
-            additional_config={"misa": {"pool_block": 64, **misa}},
-            **{  # fmt: skip
-                "max_model_len": 8192, "max_num_seqs": 8, "max_num_batched_tokens": 8192, "enforce_eager": True,
-                **ON_DEVICE, **options,
-            },
+        sizes = {"max_model_len": 8192, "max_num_seqs": 8, "max_num_batched_tokens": 8192, "enforce_eager": True}
+        self._running = ExitStack()
+        self.llm = self._running.enter_context(
+            offline_engine(model, {"pool_block": 64, **misa}, **{**sizes, **ON_DEVICE, **options})
         )
-        self.layers: list[int] = []
-        self.selected: list[dict[int, set[int]]] = []
-        self.history: list[list[tuple[int, frozenset[int]]]] = []
-        self.block_table = torch.empty(0, 0, dtype=torch.int32)
-        self._select = Indexer.select
-        engine = self
+        self.recorder = Recorder()
 
-        def record(indexer, q, gates, index_cache, rows, out):
-            engine._select(indexer, q, gates, index_cache, rows, out)
-            if id(indexer) not in engine.layers:
-                engine.layers.append(id(indexer))
-                engine.selected.append({})
-                engine.history.append([])
-            number = engine.layers.index(id(indexer))
-            engine.block_table = rows.block_table.cpu().clone()
-            for visible, tokens in zip(rows.visible.tolist(), out.tolist(), strict=True):
-                if visible:  # rows that pad a batch see nothing
-                    chosen = frozenset(token for token in tokens if token >= 0)
-                    engine.selected[number][visible - 1] = chosen
-                    engine.history[number].append((visible - 1, chosen))
+    @property
+    def selected(self) -> list[dict[int, frozenset[int]]]:
+        return self.recorder.selected
 
-        Indexer.select = record
+    @property
+    def history(self) -> list[list[tuple[int, frozenset[int]]]]:
+        return self.recorder.history
 
     @property
     def scheduler(self):
@@ -132,25 +138,14 @@ class Engine:
         assert self.llm.reset_prefix_cache()
 
     def generate(self, prompts: list[list[int]], tokens: int = 8) -> list[list[int]]:
-        """Greedy continuations.
-
-        `selected` then holds one {position: tokens} per layer, of the query computed last at a position, `history`
-        the (position, tokens) of every query computed, in order, and `block_table` the pages of the last step.
-        """
-        for layer in (*self.selected, *self.history):
-            layer.clear()
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True),
-            use_tqdm=False,
-        )
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        """Greedy continuations; the recorder then holds what was selected on the way."""
+        self.recorder.clear()
+        return greedy(self.llm, prompts, tokens)
 
     def close(self) -> None:
-        Indexer.select = self._select
+        self.recorder.close()
         del self.llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        self._running.close()
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def model(tmp_path_factory):
 def generate(engine):
     """The tokens, what every layer of the model selected, and the bytes of every complete page, layer by layer."""
     tokens = engine.generate([random_prompt(PROMPT)], tokens=TOKENS)
-    complete = engine.block_table[0, : (PROMPT + TOKENS) // PAGE_TOKENS].long()
+    complete = engine.recorder.block_table[0, : (PROMPT + TOKENS) // PAGE_TOKENS].long()
     pages = [cache.cpu()[complete] for cache in engine.index_caches[:LAYERS]]
     return tokens, copy.deepcopy(engine.selected[:LAYERS]), pages
 
