@@ -60,8 +60,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         ("--kv-cache-dtype", str),
     ):
         group.add_argument(name, type=kind, help="as of vllm serve")
-    text = "any other argument of vLLM's LLM, e.g. '{\"max_num_seqs\": 16}'"
-    group.add_argument("--llm", type=json_object, default={}, metavar="JSON", help=text)
+    text = "more arguments of vLLM's LLM, e.g. '{\"max_num_seqs\": 16}'"
+    group.add_argument("--engine-options", type=json_object, default={}, metavar="JSON", help=text)
 
 
 NAMED_ARGUMENTS = (
@@ -77,7 +77,7 @@ def llm_arguments(args: argparse.Namespace, policy: str) -> dict:
         "attention_backend": "misa",
         "additional_config": {"misa": {**args.options, "policy": policy}},
         **{name: value for name, value in given.items() if value is not None},
-        **args.llm,
+        **args.engine_options,
     }
 
 
@@ -108,7 +108,8 @@ def check_policies(policies: list[str], options: dict, config: dict) -> list[Ind
         raise EvalError(f"no policy is named: choose of {', '.join(POLICIES)}")
     if "policy" in options:
         raise EvalError('the policy does not belong into --options: name it with --policy, as in "--policy misa,dsa"')
-    return [resolve_settings({**options, "policy": name}, SimpleNamespace(**config)) for name in dict.fromkeys(policies)]
+    of_model = SimpleNamespace(**config)
+    return [resolve_settings({**options, "policy": name}, of_model) for name in policies]
 
 
 def load_tokenizer(model: str):
@@ -128,7 +129,9 @@ def load_tokenizer(model: str):
 # ---------------------------------------------------------------- the parent's side
 
 
-def run_child(module: str, plan: dict, receive: Callable[[dict], None], files: Callable[[Path], None] | None = None):
+def run_child(
+    module: str, plan: dict, receive: Callable[[dict], None], files: Callable[[Path], None] | None = None
+) -> None:
     """Run `module`.serve_plan in a process of its own.
 
     Args:
@@ -211,14 +214,11 @@ class Results:
         self._file.flush()
 
 
-def start_engine(arguments: dict):
-    """vLLM's offline engine."""
+def register_backend() -> None:
+    """Make the backend known before an engine is made; vLLM does it itself where the package is installed."""
     from misa_vllm.plugin import register
 
-    register()  # vLLM does it itself where the package is installed
-    from vllm import LLM
-
-    return LLM(**arguments)
+    register()
 
 
 def _end_with_parent() -> None:

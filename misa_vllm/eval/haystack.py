@@ -10,8 +10,9 @@ from typing import Protocol
 from misa_vllm.eval.report import EvalError
 
 SENTENCE_END = re.compile(r"""[.!?]['")\]]*(?=\s)|[。！？]|(?<=\S)(?=\s*\n\s*\n)""")
-LONGEST_SENTENCE = 1000
-"""Characters after which a text without sentence ends is cut at a space, so that a needle gets near its depth."""
+CLAUSE_END = re.compile(r"[;:,](?=\s)")
+LONGEST_SENTENCE = 400
+"""Characters after which a sentence is cut at a clause, or else at a word, so that a needle gets near its depth."""
 PARAGRAPH = "\n\n"
 PLACEHOLDER = "\N{SNOWMAN}haystack\N{SNOWMAN}"
 
@@ -48,12 +49,18 @@ def split_sentences(text: str) -> list[str]:
     sentences = []
     for start, end in zip([0, *ends], [*ends, len(text)]):
         while end - start > LONGEST_SENTENCE:
-            space = text.rfind(" ", start + 1, start + LONGEST_SENTENCE)
-            cut = space if space > start else start + LONGEST_SENTENCE
+            cut = _cut_within(text, start, start + LONGEST_SENTENCE)
             sentences.append(text[start:cut])
             start = cut
         sentences.append(text[start:end])
     return [sentence for sentence in sentences if sentence]
+
+
+def _cut_within(text: str, start: int, end: int) -> int:
+    """Where text[start:end] ends a clause last, or else a word, or else `end`."""
+    clauses = [match.end() for match in CLAUSE_END.finditer(text, start, end)]
+    space = text.rfind(" ", start + 1, end)
+    return clauses[-1] if clauses else space if space > start else end
 
 
 class Haystack:

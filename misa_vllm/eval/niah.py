@@ -26,7 +26,7 @@ from misa_vllm.demo import DOCUMENT, DemoError, read_counters
 from misa_vllm.eval import engines
 from misa_vllm.eval.haystack import Haystack, Prompt, PromptBuilder
 from misa_vllm.eval.needles import draw_needle
-from misa_vllm.eval.report import EvalError, environment, require_folder
+from misa_vllm.eval.report import EvalError, described, environment, require_folder
 
 SHORTEST, LONGEST = 1024, 131072
 DEPTHS = list(range(0, 101, 10))
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     documents = read_documents(args.text)
     config = engines.model_config(args.model)
     if args.url is None:
-        policies = list(dict.fromkeys(args.policy or engines.DEFAULT_POLICIES))
+        policies = list(dict.fromkeys(engines.DEFAULT_POLICIES if args.policy is None else args.policy))
         engines.check_policies(policies, args.options, config)
         limit = args.max_model_len or config.get("max_position_embeddings")
         server = None
@@ -144,10 +144,11 @@ def run(args: argparse.Namespace) -> int:
     result = {
         "tool": "niah",
         "command": shlex.join(["misa-eval", *sys.argv[1:]]),
-        "arguments": report.plain(vars(args) | {"text": [str(file) for file in args.text]}),
+        "arguments": report.plain(vars(args) | {"text": None}),
         "environment": environment(),
         "server": None if server is None else server.description,
         "answer_tokens": answer_tokens,
+        "texts": [described(file) for file in args.text],
         "text_tokens": builder.haystack.tokens,
         "cells": cells_of(answers),
         "answers": answers,
@@ -223,7 +224,7 @@ def lengths_within(lengths: list[int] | None, limit: int | None) -> list[int]:
 
 
 def trials_of(args: argparse.Namespace, lengths: list[int]) -> Iterator[Trial]:
-    """Deepest needle first: prompts of a length and seed share their text up to the needle, and so prefix cache hits."""
+    """Deepest needle first: prompts of a length and seed share their text up to the needle, for the prefix cache."""
     for length in lengths:
         for seed in range(args.seed, args.seed + args.seeds):
             for depth in sorted(set(args.depths), reverse=True):
@@ -304,9 +305,10 @@ def serve_plan(folder: Path) -> None:
     """In the engine's process: answer the prompts that the parent left in `folder`."""
     plan = json.loads((folder / "plan.json").read_text())
     prompts, results = np.load(folder / "prompts.npz"), engines.Results(folder)
-    llm = engines.start_engine(plan["llm"])
-    from vllm import SamplingParams
+    engines.register_backend()
+    from vllm import LLM, SamplingParams
 
+    llm = LLM(**plan["llm"])
     sampling = SamplingParams(temperature=0, max_tokens=plan["max_tokens"])
     for start in range(0, plan["count"], plan["at_once"]):
         numbers = range(start, min(start + plan["at_once"], plan["count"]))
@@ -411,9 +413,17 @@ def cells_of(answers: list[dict]) -> list[dict]:
     for (policy, length, depth), correct in groups.items():
         low, high = wilson_interval(sum(correct), len(correct))
         cells.append(
-            {"policy": policy, "length": length, "depth": depth, "trials": len(correct), "correct": sum(correct),
-             "accuracy": sum(correct) / len(correct), "low": low, "high": high}
-        )  # fmt: skip
+            {
+                "policy": policy,
+                "length": length,
+                "depth": depth,
+                "trials": len(correct),
+                "correct": sum(correct),
+                "accuracy": sum(correct) / len(correct),
+                "low": low,
+                "high": high,
+            }
+        )
     return cells
 
 
@@ -447,10 +457,11 @@ def headline(result: dict) -> str:
 
 def write_results(result: dict, folder: Path) -> None:
     """niah.json and one niah-POLICY.png for each policy, each whole or not at all."""
+    text = json.dumps(result, indent=1) + "\n"
     for policy in dict.fromkeys(cell["policy"] for cell in result["cells"]):
         with report.replacing(folder / f"niah-{policy}.png") as file:
             draw_heat_map(result, policy, file)
-    report.write_text(folder / "niah.json", json.dumps(result, indent=1) + "\n")
+    report.write_text(folder / "niah.json", text)
 
 
 def draw_heat_map(result: dict, policy: str, file: Path) -> None:
@@ -464,7 +475,8 @@ def draw_heat_map(result: dict, policy: str, file: Path) -> None:
     }
     depths, lengths = (sorted(set(axis)) for axis in zip(*cells))
     shares = [[cells[depth, length]["accuracy"] for length in lengths] for depth in depths]
-    figure = Figure(figsize=(2.4 + 0.75 * len(lengths), 1.9 + 0.36 * len(depths)), layout="constrained")
+    size = 2.4 + 0.75 * len(lengths), 1.9 + 0.36 * len(depths)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     for row, depth in enumerate(depths):
@@ -476,9 +488,10 @@ def draw_heat_map(result: dict, policy: str, file: Path) -> None:
     axes.set_ylabel("depth of the needle")
     trials = max(cell["trials"] for cell in cells.values())
     low, _ = wilson_interval(trials, trials)
-    model = Path(str(result["arguments"]["model"])).name
-    title = f"{model}, policy {policy}: right answers, per cent of {trials} (all right: 95% interval from {low:.0%})"
-    axes.set_title(title, fontsize="small", wrap=True)
+    arguments = result["arguments"]
+    options = f" {json.dumps(arguments['options'])}" if arguments["options"] else ""
+    title = f"{Path(arguments['model']).name}, policy {policy}{options}: right answers, per cent of {trials}"
+    axes.set_title(f"{title} (all right: 95% interval from {low:.0%})", fontsize="small", wrap=True)
     figure.supxlabel(headline(result), fontsize=5, wrap=True)
     figure.colorbar(image, ax=axes)
     figure.savefig(file, dpi=150)
