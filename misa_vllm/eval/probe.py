@@ -21,6 +21,9 @@ from misa_vllm.seam.observe import AttentionStep, DSALayer, dsa_layers, watch_at
 
 ROWS_AT_ONCE = 256
 """Queries evaluated together: bounds the score and probability matrices, 128 MiB each at 131072 keys."""
+WIDE_CANDIDATES, WIDE_ROWS = 16384, 16
+"""With more candidates than this, so few queries at a time: the CUDA kernel holds a row's candidates on the chip, and
+spreads a row over several multiprocessors only where rows are few."""
 LOGITS_BYTES = 512 * 2**20
 """Attention logits and their softmax held at once, at least one query's."""
 
@@ -95,8 +98,7 @@ def attention_mass(q: torch.Tensor, latents: torch.Tensor, visible: torch.Tensor
     hidden = torch.arange(len(latents), device=latents.device) >= visible.unsqueeze(1)
     out = torch.empty(len(q), len(latents), device=latents.device)
     at_once = max(1, LOGITS_BYTES // (2 * torch.float32.itemsize * q.shape[1] * len(latents)))
-    for start in range(0, len(q), at_once):
-        part = slice(start, start + at_once)
+    for part in _parts(len(q), at_once):
         logits = (q[part].float() @ latents.T).mul_(scale).masked_fill_(hidden[part].unsqueeze(1), -torch.inf)
         out[part] = logits.softmax(dim=-1).sum(dim=1)
     return out
@@ -131,7 +133,7 @@ def evaluate(
     """Compare every variant with exact DSA.
 
     Args:
-        step: n queries of one request and a cache with page means.
+        step: n queries of one request, at most ROWS_AT_ONCE, and a cache with page means.
         engine: [n, k] int32, what the engine selected for them.
         mass: [n, N] of `attention_mass`, or None.
         of_model: k and H are taken from it.
@@ -145,7 +147,9 @@ def evaluate(
         settings = variant.settings(of_model)
         one = step if variant.statistic is None else replace(step, kernels=kernels[variant.statistic])
         selected = torch.empty_like(exact)
-        make_policy(settings).select(one, selected)
+        wide = variant.statistic is None and settings.candidates > WIDE_CANDIDATES
+        for part in _parts(len(exact), WIDE_ROWS if wide else ROWS_AT_ONCE):
+            make_policy(settings).select(_rows(one, part), selected[part])
         recalls.append(metrics.recall(selected, exact).tolist())
         if mass is not None:
             masses.append(held(mass, selected).tolist())
@@ -160,6 +164,14 @@ def evaluate(
         None if mass is None else held(mass, exact).tolist(),
         routed,
     )
+
+
+def _parts(count: int, at_once: int) -> list[slice]:
+    return [slice(start, start + at_once) for start in range(0, count, at_once)]
+
+
+def _rows(step: IndexerStep, part: slice) -> IndexerStep:
+    return replace(step, q=step.q[part], gates=step.gates[part], rows=step.rows[part])
 
 
 def _routed_by(statistic: Statistic, step: IndexerStep) -> RoutedBy:
@@ -214,7 +226,7 @@ class LayerProbe:
         self.count = len(positions)
         self.positions = torch.tensor(positions, dtype=torch.int32)
         self.queries: list[tuple[torch.Tensor, ...]] = []
-        """(q, gates, visible, what the engine selected) of each step."""
+        """(q as uint8, gates, visible, what the engine selected) of each step."""
         self.attention_queries: list[torch.Tensor] = []
         self.rows = torch.empty(0, dtype=torch.int64)
         """The sampled rows of the step under way."""
@@ -235,7 +247,8 @@ class LayerProbe:
         self.step = step
         if len(self.rows):
             topk = self.layer.indexer.settings.topk
-            parts = (step.q, step.gates, visible, selected[:, :topk])
+            # as bytes: not every device and version of torch gathers and joins float8
+            parts = (step.q.view(torch.uint8), step.gates, visible, selected[:, :topk])
             self.queries.append(tuple(tensor[self.rows] for tensor in parts))
 
     def on_attention(self, attention: AttentionStep) -> None:
@@ -255,17 +268,16 @@ class LayerProbe:
         table = torch.arange(len(cache), dtype=torch.int32, device=cache.device).unsqueeze(0)
         request = torch.zeros_like(visible)
         rows = QueryRows(table, request, visible, count, int(visible.min()))
-        whole = IndexerStep(q, gates.float(), cache, rows, self.step.kernels)
+        whole = IndexerStep(q.view(torch.float8_e4m3fn), gates.float(), cache, rows, self.step.kernels)
         latent_q = torch.cat(self.attention_queries) if self.attention_queries else None
         latents = attention.latents(count) if self.attention_queries else None
         results = []
-        for start in range(0, self.count, ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
-            step = replace(whole, q=q[part], gates=whole.gates[part], rows=rows[part])
+        for part in _parts(self.count, ROWS_AT_ONCE):
             mass = None
             if latents is not None:
                 mass = attention_mass(latent_q[part], latents, visible[part], attention.scale)
-            results.append(evaluate(step, engine[part], mass, self.layer.indexer.settings, self.variants))
+            settings = self.layer.indexer.settings
+            results.append(evaluate(_rows(whole, part), engine[part], mass, settings, self.variants))
         self.result = _joined(results)
         self.queries, self.attention_queries = [], []
 

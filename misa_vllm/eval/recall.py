@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from misa_vllm.bench.report import aligned_table, at_least, one_line, plain, write_text
+from misa_vllm.bench.serve_shapes import json_object
 from misa_vllm.config import resolve_settings
 from misa_vllm.eval.probe import Variant
 from misa_vllm.eval.report import EvalError, environment, require_folder
@@ -40,7 +41,8 @@ PERCENTILE = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole = at_least(1)
     parser.add_argument("model", metavar="MODEL", help="folder or name of a DSA checkpoint, as for vllm serve")
-    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="UTF-8 texts, each a prompt")
+    text = "UTF-8 texts, each a prompt of its own"
+    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help=text)
     parser.add_argument("--policy", type=words(COMPARED), default=list(COMPARED), help=f"default {','.join(COMPARED)}")
     parser.add_argument("--heads", type=numbers, default=[4, 8, 16], help="h of MISA; default 4,8,16")
     parser.add_argument(
@@ -57,13 +59,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampled positions; default 0")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write recall.json and recall.png there")
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--tensor-parallel-size", type=whole, default=1)
-    engine.add_argument("--dtype", default="auto")
-    engine.add_argument("--max-num-batched-tokens", type=whole, help="tokens in a step; default vLLM's")
+    for name, kind in (
+        ("--tensor-parallel-size", whole),
+        ("--max-num-batched-tokens", whole),
+        ("--dtype", str),
+        ("--tokenizer-mode", str),
+        ("--kv-cache-dtype", str),
+    ):
+        engine.add_argument(name, type=kind, help="as of vllm serve")
     engine.add_argument(
-        "--gpu-memory-utilization", type=float, default=0.8, help="default 0.8: what is compared needs some memory too"
+        "--gpu-memory-utilization", type=float, default=0.8, help="default 0.8: the comparison needs memory of its own"
     )
-    engine.add_argument("--engine-options", type=json_object, default={}, metavar="JSON", help="more of vllm.LLM's")
+    text = "any other argument of vLLM's LLM, e.g. '{\"quantization\": \"fp8\"}'"
+    engine.add_argument("--llm", type=json_object, default={}, metavar="JSON", help=text)
+
+
+NAMED_ARGUMENTS = (
+    "tensor_parallel_size", "max_num_batched_tokens", "dtype", "tokenizer_mode", "kv_cache_dtype",
+    "gpu_memory_utilization",
+)  # fmt: skip
 
 
 def numbers(text: str) -> list[int]:
@@ -84,14 +98,6 @@ def words(known: Sequence[str]):
         return [word for word in known if word in chosen]
 
     return choose
-
-
-def json_object(text: str) -> dict:
-    """An argparse type: a JSON object."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -118,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         "index_heads": index_heads,
         "topk": topk,
         "seed": args.seed,
-        "arguments": plain({**vars(args), "text": [str(file) for file in args.text], "output": str(args.output)}),
+        "arguments": plain({**vars(args), "text": [str(file) for file in args.text]}),
         "texts": [
             {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "tokens": len(prompt)}
             for file, prompt in zip(args.text, prompts, strict=True)
@@ -148,15 +154,9 @@ def read_text(file: Path) -> str:
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the user says of the engine, as arguments of `vllm.LLM`."""
-    named = {
-        "tensor_parallel_size": args.tensor_parallel_size,
-        "dtype": args.dtype,
-        "gpu_memory_utilization": args.gpu_memory_utilization,
-    }
-    if args.max_num_batched_tokens is not None:
-        named["max_num_batched_tokens"] = args.max_num_batched_tokens
-    return named | args.engine_options
+    """What the user says of the engine, as arguments of vLLM's `LLM`."""
+    given = {name: getattr(args, name) for name in NAMED_ARGUMENTS}
+    return {name: value for name, value in given.items() if value is not None} | args.llm
 
 
 def open_checkpoint(args: argparse.Namespace):
@@ -373,12 +373,16 @@ class LayerFigures:
         def behind(mine, others):
             return None if mine is None or others is None else np.concatenate([mine, others], axis=-1)
 
+        routed = {
+            key: (self.routed[key][0] + queries, self.routed[key][1] + counts)
+            for key, (queries, counts) in other.routed.items()
+        }
         return LayerFigures(
             behind(self.recall, other.recall),
             behind(self.engine_recall, other.engine_recall),
             behind(self.mass, other.mass),
             behind(self.dsa_mass, other.dsa_mass),
-            {key: (self.routed[key][0] + rows, self.routed[key][1] + counts) for key, (rows, counts) in other.routed.items()},
+            routed,
         )
 
 
@@ -550,7 +554,9 @@ def as_text(result: dict) -> str:
             ),
         ]
         if part["dsa_mass"] is None:
-            lines.append("no attention mass: the KV cache is quantised; --engine-options '{\"kv_cache_dtype\": \"auto\"}'")
+            lines.append(
+                "no attention mass: it is not computed from a quantised KV cache; choose --kv-cache-dtype bfloat16"
+            )
     return "\n".join(lines)
 
 

@@ -37,7 +37,7 @@ def mean(q, gates, keys, visible, pool_block: int) -> torch.Tensor:
 
 
 def mean_max(q, gates, keys, visible, pool_block: int) -> torch.Tensor:
-    """S = |w| sum_b (relu(q . mean_b) + relu(q . max_b)) / 2, max_b the largest value of each dimension in the block."""
+    """S = |w| sum_b (relu(q . mean_b) + relu(q . max_b)) / 2, max_b the largest value of each dimension in b."""
     blocks = _blocks(keys, pool_block)
     of_mean = router_scores(q, gates, blocks.mean(dim=1), visible // pool_block)
     return (of_mean + router_scores(q, gates, blocks.amax(dim=1), visible // pool_block)) / 2
