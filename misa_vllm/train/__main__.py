@@ -4,13 +4,16 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from misa_vllm.train.plan import PLANS, with_vocabulary
-from misa_vllm.train.run import Options, train
 
 
 def main(arguments: list[str] | None = None) -> int:
+    # not at the top: processes that make batches import this file too
+    import torch
+
+    from misa_vllm.train.bpe import Encoder
+    from misa_vllm.train.run import Options, train
+
     parser = argparse.ArgumentParser(prog="python -m misa_vllm.train", description=__doc__.split(": ")[1])
     parser.add_argument("--data", type=Path, required=True, help="folder of misa_vllm.train.corpus, unpacked")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint and curves go here")
@@ -34,12 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--until is {options['until']}: choose a number above 0 and at most 1")
         if options["minutes"] * 60 <= options["finish_seconds"] and not options["smoke"]:
             raise ValueError(f"--minutes is {options['minutes']}: choose more than --finish-seconds leaves")
-        # one more import only where it is needed: reading the tokenizer says the vocabulary's size
-        from misa_vllm.train.bpe import Encoder
-
         vocabulary = len(Encoder(options["data"] / "tokenizer.json"))
         train(with_vocabulary(plan, vocabulary), Options(**options), log=lambda line: print(line, flush=True))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0

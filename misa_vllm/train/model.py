@@ -4,17 +4,17 @@ Parameters carry the checkpoint's names, so a state dict is a Hugging Face check
 the embedding. What differs from inference is only how attention is written: keys and values per head instead of the
 latent space, and a mask over all keys instead of gathered ones.
 
-Memory, at T tokens per step of the default size (4 layers, hidden 256, 8 heads), bf16 autocast: a layer keeps about
-10 KB a token for its backward pass (q, k, v and the padded v at 2 KB each, MLP and norms the rest), so 131072 tokens
-keep 5 GB; the logits of one chunk of `LOSS_CHUNK` tokens take 0.3 GB in fp32. Sparse attention adds, per chunk of
-`QUERY_CHUNK_ELEMENTS` (query, key) pairs, 0.5 GB of masks and index_heads * 2 bytes a pair of indexer products
-(1 GB at 2**23 pairs and 64 heads, twice while relu is applied), all freed before the next chunk.
+Memory at the default size (4 layers, hidden 256, 8 heads) with bf16 autocast: a layer keeps about 14 KB a token for
+its backward pass (q, k, v padded and the attention's output at 2 KB each, the latents, norms and MLP the rest), so
+131072 tokens of dense training keep 7 GB, and sparse training 1 GB more, the selected tokens. Freed as soon as used:
+`LOSS_CHUNK` tokens' logits in float32, 0.3 GB, three times over; `MASKED_PAIRS` of a mask in bf16, 0.3 GB;
+`kernels.scored_at_once` pairs of scores and their top-k, 1 GB each; `KL_PAIRS` of every head's products, 0.5 GB in bf16,
+1 GB in float32, three times over; `QUERIES_AT_ONCE` index queries with their FP8 images, 0.3 GB.
 
 Sources: DeepSeek-V3.2 report, section 2 (DSA, eq. 1-4); MLA, DeepSeek-V2 report, section 2.1.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -22,62 +22,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from misa_vllm.reference import quantize_fp8
-from misa_vllm.train import scores
+from misa_vllm.train import kernels
+from misa_vllm.train.size import DENSE, SPARSE, ModelSize
 
 LOSS_CHUNK = 16384  # tokens whose logits exist at once
-QUERY_CHUNK_ELEMENTS = 2**23  # (query, key) pairs that are scored at once
-KL_CHUNK_ELEMENTS = 2**22  # (sampled query, key) pairs of the indexer's loss at once
-DENSE, SPARSE = "dense", "sparse"
+MASKED_PAIRS = 2**27  # (query, key) pairs that attend through one mask
+QUERIES_AT_ONCE = 2048  # of the indexer, in the selection
+KL_PAIRS = 2**22  # (sampled query, key) pairs of the indexer's loss at once
 EMBEDDING_STD = 0.5  # times hidden ** -0.5: the first logits' spread
 # of the first layer's heads that look back at their start: how many times an embedding's spread its common component
 # is, and the logit that the fastest pair of RoPE dimensions gives the right distance
 COMMON_COMPONENT = 8.0
 NEIGHBOUR_LOGIT = 12.0
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Sizes of the trained model.
-
-    What the GPU path of vLLM 0.32.0 asks for: kv_lora_rank 512 with 64 RoPE dimensions (FlashMLA, FlashInfer SM90 and
-    FlashAttention-3 sparse MLA), 128 index dimensions (one FP8 scale), top-k 512, 1024 or 2048 (the cooperative and
-    persistent decode top-k). Eight heads divide by two ranks. Every head's query and key have 128 dimensions, so
-    training takes the flash kernel once v is padded.
-    """
-
-    layers: int = 4
-    hidden: int = 256
-    intermediate: int = 448
-    heads: int = 8
-    index_heads: int = 64
-    index_head_dim: int = 128
-    topk: int = 512
-    q_lora_rank: int = 128
-    kv_lora_rank: int = 512
-    nope_head_dim: int = 64
-    rope_head_dim: int = 64
-    v_head_dim: int = 64
-    vocab: int = 4096
-    max_position: int = 131072
-    rope_theta: float = 1_000_000.0
-    eps: float = 1e-6
-
-    def check(self) -> None:
-        """Raise ValueError, one line that says what to change, for a size no model can have."""
-        for field in fields(self):
-            if getattr(self, field.name) <= 0:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}: choose a positive number")
-        if self.rope_head_dim % 2 or self.index_head_dim < self.rope_head_dim:
-            raise ValueError(
-                f"rope_head_dim is {self.rope_head_dim}: choose an even number of at most {self.index_head_dim}"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.nope_head_dim + self.rope_head_dim
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 def remade(function, *arguments):
@@ -111,6 +67,11 @@ def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
 
 
 # ---------------------------------------------------------------- parts
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """What matrix products are computed in here: autocast's type where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 class RMSNorm(nn.Module):
@@ -153,18 +114,20 @@ class Indexer(nn.Module):
         self.k_norm = nn.LayerNorm(size.index_head_dim, eps=1e-6)
         self.weights_proj = linear(size.hidden, size.index_heads)
 
-    def forward(self, hidden: torch.Tensor, latent: torch.Tensor, rope) -> tuple[torch.Tensor, ...]:
-        """Index queries [B, N, H, D], keys [B, N, D] (both dequantised FP8) and gates [B, N, H] float32.
-
-        hidden [B, N, hidden] is the attention's normed input, latent [B, N, q_lora_rank] the normed query latent.
-        """
-        size = self.size
-        q = self.wq_b(latent).unflatten(-1, (size.index_heads, size.index_head_dim))
+    def keys(self, hidden: torch.Tensor, rope) -> torch.Tensor:
+        """Index keys [..., D], dequantised FP8, of the attention's normed inputs `hidden` [..., hidden]."""
         with torch.autocast(hidden.device.type, enabled=False):
-            k = self.k_norm(self.wk(hidden.float()))
+            k = self.k_norm(self.wk(hidden.float())).to(product_dtype(hidden.device))
+        return _Fp8.apply(self._rotated(k.unsqueeze(-2), rope).squeeze(-2))
+
+    def queries(self, hidden: torch.Tensor, latent: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index queries [..., H, D], dequantised FP8, and gates [..., H] float32; `latent` is the normed query latent."""
+        size, dtype = self.size, product_dtype(hidden.device)
+        # not by autocast: what it casts without a gradient it would hand on to where one is wanted
+        with torch.autocast(hidden.device.type, enabled=False):
+            q = F.linear(latent.to(dtype), self.wq_b.weight.to(dtype))
             gates = self.weights_proj(hidden.float()) * (size.index_head_dim * size.index_heads) ** -0.5
-        q, k = (self._rotated(x, rope) for x in (q, k.to(q.dtype).unsqueeze(-2)))
-        return _Fp8.apply(q), _Fp8.apply(k.squeeze(-2)), gates
+        return _Fp8.apply(self._rotated(q.unflatten(-1, (size.index_heads, -1)), rope)), gates
 
     def _rotated(self, x: torch.Tensor, rope) -> torch.Tensor:
         turned, rest = x.split([self.size.rope_head_dim, x.shape[-1] - self.size.rope_head_dim], dim=-1)
@@ -202,17 +165,20 @@ class Attention(nn.Module):
         # one width for q, k and v is what lets scaled_dot_product_attention take its flash kernel
         v = F.pad(v, (0, size.head_dim - size.v_head_dim)).transpose(1, 2)
 
-        index = selected = loss = None
-        if mode == SPARSE or kl_rows is not None:
-            with torch.set_grad_enabled(kl_rows is not None):
-                # the indexer learns from its own loss alone (report, section 2.1.1), so its inputs are detached
-                index = self.indexer(x.detach(), latent.detach(), rope)
-        if mode == SPARSE and length > size.topk:
-            selected = select(*(part.detach() for part in index), size.topk)
+        selected = loss = None
+        # the indexer learns from its own loss alone (report, section 2.1.1), so its inputs are detached
+        hidden, latent = x.detach(), latent.detach()
+        sparse = mode == SPARSE and length > size.topk
+        if sparse or kl_rows is not None:
+            with torch.set_grad_enabled(kl_rows is not None and torch.is_grad_enabled()):
+                keys = self.indexer.keys(hidden, rope)
+        if sparse:
+            selected = select(self.indexer, hidden, latent, keys.detach(), rope)
         if kl_rows is not None:
-            loss = indexer_loss(q.detach(), k.detach(), index, kl_rows, None if full_kl else selected)
+            chosen = None if full_kl else selected
+            loss = indexer_loss(self.indexer, hidden, latent, keys, rope, q.detach(), k.detach(), kl_rows, chosen)
         if selected is None:
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            attended = kernels.dense_attention(q, k, v)
         else:
             attended = sparse_attention(q, k, v, selected)
         attended = attended[..., : size.v_head_dim].transpose(1, 2).flatten(-2)
@@ -348,29 +314,30 @@ class DsaModel(nn.Module):
 # ---------------------------------------------------------------- sparse attention
 
 
-def query_chunks(batch: int, length: int, elements: int) -> list[tuple[int, int]]:
-    """Ranges of queries whose (query, key) pairs, over the whole batch, number at most about `elements`."""
-    chunk = max(16, 1 << int(math.log2(max(1, elements // (batch * length)))))
+def query_chunks(length: int, pairs: int) -> list[tuple[int, int]]:
+    """Ranges of queries, a power of two each, that make about `pairs` (query, key) pairs at `length` keys."""
+    chunk = max(16, 1 << int(math.log2(max(1, pairs // length))))
     return [(start, min(start + chunk, length)) for start in range(0, length, chunk)]
 
 
 @torch.no_grad()
-def select(q: torch.Tensor, k: torch.Tensor, gates: torch.Tensor, topk: int) -> torch.Tensor:
+def select(indexer: Indexer, hidden: torch.Tensor, latent: torch.Tensor, keys: torch.Tensor, rope) -> torch.Tensor:
     """Exact DSA selection, [B, N, topk] int32; entries of a row with fewer visible tokens repeat its first token.
 
-    q [B, N, H, D], k [B, N, D] dequantised FP8 (bf16 holds them exactly), gates [B, N, H] float32.
+    Queries are made chunk by chunk: all at once they would be the largest tensor of the model.
     """
-    batch, length = k.shape[:2]
-    selected = torch.empty(batch, length, topk, dtype=torch.int32, device=q.device)
-    for start, stop in query_chunks(batch, length, QUERY_CHUNK_ELEMENTS):
-        visible = torch.arange(start, stop, device=q.device).unsqueeze(-1)
-        for row in range(batch):
-            found = scores.index_scores(q[row, start:stop], k[row, :stop], gates[row, start:stop])
-            found.masked_fill_(torch.arange(stop, device=q.device) > visible, -torch.inf)
-            best = found.topk(min(topk, stop), dim=-1, sorted=False).indices
+    (batch, length, _), size = hidden.shape, indexer.size
+    selected = torch.zeros(batch, length, size.topk, dtype=torch.int32, device=hidden.device)
+    pairs = kernels.scored_at_once(size.index_heads, hidden.device)
+    for row in range(batch):
+        for start, stop in query_chunks(length, min(pairs, QUERIES_AT_ONCE * length)):
+            some = slice(start, stop)
+            q, gates = indexer.queries(hidden[row, some], latent[row, some], [table[some] for table in rope])
+            found = kernels.index_scores(q, keys[row, :stop], gates, start)
+            best = found.topk(min(size.topk, stop), dim=-1, sorted=False).indices
             # rows with fewer visible tokens than topk select them all, the first one among them
-            selected[row, start:stop] = 0
-            selected[row, start:stop, : best.shape[-1]] = best.masked_fill_(best > visible, 0).to(torch.int32)
+            visible = torch.arange(start, stop, device=hidden.device).unsqueeze(-1)
+            selected[row, some, : best.shape[-1]] = best.masked_fill_(best > visible, 0)
     return selected
 
 
@@ -385,10 +352,10 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selected
     def chunk_attention(q, k, v, selected):
         mask = q.new_full((q.shape[0], 1, q.shape[2], k.shape[2]), -torch.inf)
         mask.squeeze(1).scatter_(-1, selected.long(), 0.0)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(-1, q.shape[1], -1, -1))
+        return kernels.masked_attention(q, k, v, mask)
 
     parts = []
-    for start, stop in query_chunks(q.shape[0], length, 4 * QUERY_CHUNK_ELEMENTS):
+    for start, stop in query_chunks(length, MASKED_PAIRS // q.shape[0]):
         # keys in whole sixteens, the alignment that the memory-efficient kernel wants of a mask's rows
         keys = min(length, -(-stop // 16) * 16)
         part = q[:, :, start:stop], k[:, :, :keys], v[:, :, :keys], selected[:, start:stop]
@@ -399,44 +366,40 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selected
 # ---------------------------------------------------------------- the indexer's loss
 
 
-def indexer_loss(q, k, index, rows: torch.Tensor, selected: torch.Tensor | None) -> torch.Tensor:
+def indexer_loss(
+    indexer: Indexer, hidden, latent, keys, rope, q, k, rows: torch.Tensor, selected: torch.Tensor | None
+) -> torch.Tensor:
     """KL divergence from the indexer's softmax to the attention distribution, a mean over the queries `rows` [B, R].
 
     The target is attention summed over heads and L1-normalised, over all earlier tokens (report, eq. 3) or, with
-    `selected` [B, N, topk], over the selected ones (eq. 4). q and k [B, heads, N, D] carry no gradient.
+    `selected` [B, N, topk], over the selected ones (eq. 4). The attention's q and k [B, heads, N, D] carry no gradient,
+    and only the indexer's parameters get one.
     """
-    index_q, index_k, gates = index
     scale = q.shape[-1] ** -0.5
-    length, losses = k.shape[2], []
+    chunk, losses = max(1, KL_PAIRS // k.shape[2]), []
 
-    def over_all(row_q, row_k, index_q, index_k, gates, visible):
-        hidden = torch.arange(row_k.shape[1], device=row_k.device) > visible.unsqueeze(-1)  # [R, N]
+    def one_chunk(keys, hidden, latent, row_q, k, some, chosen):
+        index_q, gates = indexer.queries(hidden, latent, [table[some] for table in rope])
         with torch.no_grad():
-            attention = torch.einsum("hrd,hnd->hrn", row_q, row_k).float() * scale
-            target = attention.masked_fill(hidden, -torch.inf).softmax(-1).mean(0)
-        score = scores.differentiable_scores(index_q, index_k, gates)
-        return divergence(target, score.masked_fill(hidden, -torch.inf), hidden)
-
-    def over_selected(row_q, row_k, index_q, index_k, gates, chosen):
-        # [heads, R, topk, D] of the attention's keys would be large: its scores over all keys are not
-        is_first = chosen == 0  # the entries that repeat token 0 count once
-        hidden = is_first & (is_first.cumsum(-1) > 1)
-        with torch.no_grad():
-            attention = torch.einsum("hrd,hnd->hrn", row_q, row_k).float() * scale
+            attention = torch.einsum("hrd,hnd->hrn", row_q, k).float() * scale
+        if chosen is None:
+            left_out = torch.arange(k.shape[1], device=k.device) > some.unsqueeze(-1)  # [R, N]
+            score = kernels.differentiable_scores(index_q, keys, gates)
+        else:
+            repeats = chosen == 0  # token 0 fills up short rows: it counts once
+            left_out = repeats & (repeats.cumsum(-1) > 1)
             attention = attention.gather(-1, chosen.expand(attention.shape[0], -1, -1))
-            target = attention.masked_fill(hidden, -torch.inf).softmax(-1).mean(0)
-        products = torch.einsum("rhd,rnd->rhn", index_q, index_k[chosen])
-        score = torch.einsum("rh,rhn->rn", gates, products.relu().float())
-        return divergence(target, score.masked_fill(hidden, -torch.inf), hidden)
+            products = torch.einsum("rhd,rnd->rhn", index_q, keys[chosen]).relu().float()
+            score = torch.einsum("rh,rhn->rn", gates, products)
+        with torch.no_grad():
+            target = attention.masked_fill_(left_out, -torch.inf).softmax(-1).mean(0)
+        return divergence(target, score.masked_fill(left_out, -torch.inf), left_out)
 
-    chunk = max(1, KL_CHUNK_ELEMENTS // length)
     for b in range(rows.shape[0]):
         for some in rows[b].split(chunk):
-            part = q[b, :, some], k[b], index_q[b, some], index_k[b], gates[b, some]
-            if selected is None:
-                losses.append(remade(over_all, *part, some))
-            else:
-                losses.append(remade(over_selected, *part, selected[b, some].long()))
+            chosen = None if selected is None else selected[b, some].long()
+            part = keys[b], hidden[b, some], latent[b, some], q[b, :, some], k[b], some, chosen
+            losses.append(remade(one_chunk, *part))
     return torch.cat(losses).mean()
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from misa_vllm.train.model import DENSE, SPARSE, ModelSize
+from misa_vllm.train.size import DENSE, SPARSE, ModelSize
 from misa_vllm.train.tasks import Mix
 
 
@@ -67,7 +67,8 @@ def full_plan() -> Plan:
     return Plan(
         ModelSize(),
         (
-            Stage("dense-256", 0.07, 256, 65536, mix=SHORT),
+            Stage("drill-256", 0.03, 256, 65536, mix=replace(SHORT, drill=0.6)),
+            Stage("dense-256", 0.06, 256, 65536, mix=replace(SHORT, drill=0.05)),
             Stage("dense-1k", 0.16, 1024, 65536, mix=MEDIUM),
             Stage("dense-4k", 0.14, 4096, 65536, mix=MEDIUM),
             Stage("dense-16k", 0.10, 16384, 65536, mix=LONG),
@@ -82,21 +83,23 @@ def full_plan() -> Plan:
 
 
 def cpu_plan() -> Plan:
-    """A small model whose stages show on one CPU core what the full one's do."""
+    """A toy model whose stages show on one CPU core what the full one's do; for a tokenizer of about 1024 tokens."""
     size = ModelSize(
-        layers=3, hidden=128, intermediate=256, heads=4, index_heads=8, index_head_dim=64, topk=64, q_lora_rank=64,
-        kv_lora_rank=128, nope_head_dim=32, rope_head_dim=32, v_head_dim=32, max_position=8192,
+        layers=3, hidden=64, intermediate=128, heads=4, index_heads=8, index_head_dim=64, topk=48, q_lora_rank=48,
+        kv_lora_rank=64, nope_head_dim=16, rope_head_dim=32, v_head_dim=16, max_position=4096, rope_theta=10000.0,
     )  # fmt: skip
+    mix = Mix(inserted=0.85, plain=0.0, chat=0.0, kinds=(0.0, 0.6, 0.2, 0.0, 0.0, 0.0, 0.2))
     return Plan(
         size,
         (
-            Stage("dense-128", 0.35, 128, 2048, mix=SHORT),
-            Stage("dense-256", 0.2, 256, 2048, mix=SHORT),
-            Stage("dense-512", 0.1, 512, 2048, mix=MEDIUM),
-            Stage("warmup-512", 0.1, 512, 2048, train_model=False, kl_rows=64, mix=MEDIUM),
-            Stage("sparse-512", 0.15, 512, 2048, SPARSE, kl_rows=64, rate=0.7, mix=MEDIUM),
-            Stage("sparse-1024", 0.1, 1024, 2048, SPARSE, kl_rows=64, rate=0.7, mix=MEDIUM),
+            Stage("drill-64", 0.12, 64, 1024, mix=replace(mix, drill=1.0)),
+            Stage("dense-128", 0.38, 128, 1024, mix=replace(mix, drill=0.1)),
+            Stage("dense-256", 0.15, 256, 1024, mix=mix),
+            Stage("warmup-256", 0.1, 256, 1024, train_model=False, kl_rows=64, mix=mix),
+            Stage("sparse-256", 0.15, 256, 1024, SPARSE, kl_rows=64, rate=0.7, mix=mix),
+            Stage("sparse-512", 0.1, 512, 1024, SPARSE, kl_rows=64, rate=0.7, mix=mix),
         ),
+        steady=0.7,
     )
 
 

@@ -9,24 +9,21 @@ import json
 import math
 import multiprocessing
 import time
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from misa_vllm.train import checkpoint, model as model_module
+from misa_vllm.train import batches, checkpoint, kernels
 from misa_vllm.train.evaluate import autocast, needle_accuracy, perplexity
 from misa_vllm.train.model import DENSE, SPARSE, DsaModel
 from misa_vllm.train.optim import Optimizer
 from misa_vllm.train.plan import Plan, Stage
-from misa_vllm.train.tasks import NOT_SCORED, TASKS, TEXT, WEIGHT_UNIT, Corpus, Sample, make_batch
+from misa_vllm.train.tasks import NOT_SCORED, TASKS, WEIGHT_UNIT, Corpus, Sample
 
 WARM_STEPS = 100  # of a fresh run: the learning rate rises from zero
 REWARM_STEPS = 40  # of a resumed run, and of every stage that starts to train other parameters
-PREFETCH = 24  # batches
 CURVES = "curves.jsonl"
 
 
@@ -54,55 +51,6 @@ class Options:
     eval_lengths: tuple[int, ...] = ()
     finish_seconds: float = 25.0
     """Kept for the last evaluation and the checkpoint."""
-
-
-# ---------------------------------------------------------------- batches
-
-_corpus: Corpus | None = None
-
-
-def _start_worker(folder: Path) -> None:
-    global _corpus
-    torch.set_num_threads(1)
-    _corpus = Corpus.read(folder)
-
-
-def _batch(stage: Stage, seed: str) -> tuple[Sample, np.ndarray | None]:
-    """A step's sequences, and the queries at which the indexer learns: half of them where answers are predicted."""
-    count = max(1, stage.tokens // stage.length)
-    batch = make_batch(_corpus, stage.mix, stage.length, count, seed)
-    if not stage.kl_rows:
-        return batch, None
-    rng = np.random.default_rng(abs(hash_of(seed)))
-    rows = np.empty((count, stage.kl_rows), np.int64)
-    for b in range(count):
-        targets = batch.tasks[b, 1:]
-        answers = np.flatnonzero((targets != TEXT) & (targets != NOT_SCORED))
-        rng.shuffle(answers)
-        answers = answers[: stage.kl_rows // 2]
-        others = rng.choice(stage.length, stage.kl_rows - len(answers), replace=False)
-        rows[b] = np.concatenate([answers, others])
-    return batch, rows
-
-
-def hash_of(text: str) -> int:
-    """A number from a text, the same in every process."""
-    return int.from_bytes(text.encode()[-24:], "little") % 2**63
-
-
-def batches(options: Options, stage: Stage, first: int, pool) -> Iterator[tuple[Sample, np.ndarray | None]]:
-    """Batches number `first`, `first` + 1, ... of a stage; the pool makes some of them ahead."""
-    number = first
-    if pool is None:
-        while True:
-            yield _batch(stage, f"{options.seed}/{stage.name}/{number}")
-            number += 1
-    waiting: deque = deque()
-    while True:
-        while len(waiting) < PREFETCH:
-            waiting.append(pool.apply_async(_batch, (stage, f"{options.seed}/{stage.name}/{number}")))
-            number += 1
-        yield waiting.popleft().get(timeout=300)
 
 
 # ---------------------------------------------------------------- one step
@@ -199,6 +147,7 @@ def train(plan: Plan, options: Options, log=print) -> dict:
 
     Raises:
         ValueError: data or checkpoint cannot be used; one line.
+        RuntimeError: the device computes nothing right.
     """
     started = time.monotonic()
     device = torch.device(options.device)
@@ -207,15 +156,16 @@ def train(plan: Plan, options: Options, log=print) -> dict:
     if options.workers:
         # before CUDA starts in this process; each worker reads the corpus once
         context = multiprocessing.get_context("spawn")
-        pool = context.Pool(options.workers, _start_worker, (options.data,))
-    _start_worker_here(options.data)
+        pool = context.Pool(options.workers, batches.start_worker, (options.data,))
+    if pool is None:
+        batches.start_worker(options.data)
     held_out = Corpus.read(options.data, "heldout")
     if options.resume:
         model, page = checkpoint.load(options.resume, device)
         if model.size != plan.size:
             raise ValueError(f"{options.resume} holds a model of another size: resume it with the plan that made it")
     else:
-        torch.manual_seed(hash_of(options.seed) % 2**31)
+        torch.manual_seed(batches.number_of(options.seed) % 2**31)
         model, page = DsaModel(plan.size).to(device), {"progress": 0.0, "stage_steps": {}, "steps": 0, "tokens": 0}
     if options.compile:
         for layer in model.model["layers"]:
@@ -223,6 +173,9 @@ def train(plan: Plan, options: Options, log=print) -> dict:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cuda.enable_cudnn_sdp(False)  # masks that change shape with every chunk would recompile it
+    size = plan.size
+    for line in kernels.choose(device, size.heads, size.index_heads, size.head_dim, size.index_head_dim):
+        log(line)
     trainer = Trainer(plan, model, device)
     parameters = sum(p.numel() for p in model.parameters())
     log(f"{parameters / 1e6:.2f} M parameters on {device}, progress {page['progress']:.3f} to {options.until}")
@@ -238,11 +191,6 @@ def train(plan: Plan, options: Options, log=print) -> dict:
         curves.close()
         if pool:
             pool.terminate()
-
-
-def _start_worker_here(folder: Path) -> None:
-    global _corpus
-    _corpus = Corpus.read(folder)
 
 
 class _Loop:
@@ -267,7 +215,7 @@ class _Loop:
                 if current is not None:
                     self.evaluate(current)
                 self.trainer.prepare(stage)
-                source = batches(options, stage, page["stage_steps"].get(stage.name, 0), pool)
+                source = batches.stream(options.seed, stage, page["stage_steps"].get(stage.name, 0), pool)
                 warm = WARM_STEPS if page["steps"] == 0 else REWARM_STEPS
                 changed = current is None or current.train_model != stage.train_model or bool(
                     current.kl_rows
@@ -309,7 +257,7 @@ class _Loop:
         """A few steps of every stage at its full length, an evaluation and a checkpoint: what can fail, fails here."""
         for stage in self.plan.stages:
             self.trainer.prepare(stage)
-            source = batches(self.options, stage, 0, pool)
+            source = batches.stream(self.options.seed, stage, 0, pool)
             began = time.monotonic()
             for number in range(self.options.smoke):
                 if number == 1:
