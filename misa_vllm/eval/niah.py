@@ -3,12 +3,13 @@
 Every prompt has an exact length: special tokens, text, needle, question and the room for the answer make up the number
 in --lengths. Decoding is greedy, an answer is right if its first number is the needle's. Offline (the default) each
 policy runs in an engine of its own, one after the other; --url asks a running server, whose policy is what it was
-started with. MODEL is needed for its tokenizer there.
+started with (its key, if it wants one, is read from OPENAI_API_KEY). MODEL is needed for its tokenizer there.
 """
 
 import argparse
 import json
 import math
+import os
 import random
 import re
 import shlex
@@ -335,7 +336,10 @@ class Server:
         if not re.match(r"https?://[^/]", self.url):
             raise EvalError(f"--url {url} is no address: give one such as http://localhost:8000")
         self.client = OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=RETRIES, timeout=REQUEST_TIMEOUT_S
+            base_url=f"{self.url}/v1",
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            max_retries=RETRIES,
+            timeout=REQUEST_TIMEOUT_S,
         )
         try:
             models = self.client.with_options(max_retries=0, timeout=30.0).models.list().data
