@@ -84,7 +84,7 @@ def test_prompt_has_its_length_and_one_needle_at_its_depth(haystack, tokenizer, 
     assert prompt.ids[prompt.needle_at : prompt.needle_at + len(sentence)] == sentence
     text = tokenizer.decode(prompt.ids)
     assert text.count(NEEDLE.sentence) == 1
-    assert text.endswith(f"\n\n{NEEDLE.question}" + ("<|assistant|>" if chat else ""))
+    assert text.endswith(f"\n\n{NEEDLE.chat_question}<|assistant|>" if chat else f"\n\n{NEEDLE.question}")
     assert text.startswith("<|begin|><|user|>") == chat
     # without the needle the text is that of any other depth: whole sentences of the documents, in order
     plain = prompt.ids[: prompt.needle_at] + prompt.ids[prompt.needle_at + len(sentence) :]

@@ -30,6 +30,7 @@ class Needle(Protocol):
 
     sentence: str
     question: str
+    chat_question: str
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class PromptBuilder:
     def __init__(self, haystack: Haystack, tokenizer: Tokenizer, chat: bool) -> None:
         self.haystack = haystack
         self.tokenizer = tokenizer
+        self.chat = chat
         if chat:
             message = [{"role": "user", "content": PLACEHOLDER}]
             try:
@@ -120,7 +122,8 @@ class PromptBuilder:
 
     def _parts(self, needle: Needle) -> tuple[list[int], list[int], list[int]]:
         sentence = self.tokenizer.encode(f" {needle.sentence}", add_special_tokens=False)
-        question = self.tokenizer.encode(f"{PARAGRAPH}{needle.question}{self.tail}", add_special_tokens=False)
+        asked = needle.chat_question if self.chat else needle.question
+        question = self.tokenizer.encode(f"{PARAGRAPH}{asked}{self.tail}", add_special_tokens=False)
         return self.head, sentence, question
 
     def build(self, needle: Needle, tokens: int, depth: float, seed: str) -> Prompt:

@@ -26,7 +26,7 @@ from misa_vllm.bench.report import at_least
 from misa_vllm.demo import DOCUMENT, DemoError, read_counters
 from misa_vllm.eval import engines
 from misa_vllm.eval.haystack import Haystack, Prompt, PromptBuilder
-from misa_vllm.eval.needles import draw_needle
+from misa_vllm.eval.needles import Needle, draw_needle
 from misa_vllm.eval.report import EvalError, described, environment, require_folder
 
 SHORTEST, LONGEST = 1024, 131072
@@ -47,6 +47,10 @@ class GivenNeedle:
     question: str
     code: str
 
+    @property
+    def chat_question(self) -> str:
+        return self.question
+
     def is_answered_by(self, answer: str) -> bool:
         """Whether `answer` holds the expected words, whatever their case."""
         return re.search(rf"(?<!\w){re.escape(self.code)}(?!\w)", answer, re.IGNORECASE) is not None
@@ -60,8 +64,7 @@ class Trial:
     depth: int
     """Per cent."""
     seed: int
-    needle: object
-    """Has `sentence`, `question`, `code` and `is_answered_by(answer)`."""
+    needle: Needle | GivenNeedle
 
 
 # ---------------------------------------------------------------- command line
