@@ -46,8 +46,8 @@ def glm_model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("models") / "glm", architecture="glm")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def row_by_row_products():
+@contextmanager
+def products_row_by_row():
     """Compute every matrix product of the model one row at a time.
 
     How a BLAS library rounds a row depends on how many rows it was given, so hidden states, and with them
@@ -72,6 +72,12 @@ def row_by_row_products():
         for kind in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
             patch.setattr(kind, "apply", each_row(kind.apply))
         patch.setattr(torch, "bmm", bmm_each_row)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def row_by_row_products():
+    with products_row_by_row():
         yield
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from misa_vllm.indexer import Indexer
-from tests.engine.conftest import TOPK, Engine, greedy, offline_engine, random_prompt, write_model
+from tests.engine.conftest import TOPK, Engine, greedy, offline_engine, products_row_by_row, random_prompt, write_model
 
 TOKENS = 24
 OPTIONS = {"max_model_len": 45056, "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.3}
@@ -56,13 +56,14 @@ def served(request, tmp_path_factory):
     sizes, misa, options = SERVED[request.param]
     model = write_model(tmp_path_factory.mktemp("models") / "model", **sizes)
     options = {**OPTIONS, "max_num_seqs": len(PROMPTS), **options}
-    with offline_engine(model, {"pool_block": 64, **misa}, **options) as llm:
-        graphs = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
-        assert graphs.decode_mode().name == "FULL", f"decode runs in {graphs.name} graphs"
-        tokens = greedy(llm, PROMPTS, TOKENS)
-    engine = Engine(model, misa, attention_config={}, **options)
-    yield tokens, engine
-    engine.close()
+    with products_row_by_row():
+        with offline_engine(model, {"pool_block": 64, **misa}, **options) as llm:
+            graphs = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
+            assert graphs.decode_mode().name == "FULL", f"decode runs in {graphs.name} graphs"
+            tokens = greedy(llm, PROMPTS, TOKENS)
+        engine = Engine(model, misa, attention_config={}, **options)
+        yield tokens, engine
+        engine.close()
 
 
 def test_graphs_generate_what_eager_does(served):
