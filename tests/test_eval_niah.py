@@ -261,6 +261,8 @@ def test_bad_text(content, part, model, capsys, tmp_path):
 
 
 def test_bad_models(model, capsys, tmp_path):
+    niah_fails(capsys, tmp_path, "is not a model: there is no such folder", tmp_path / "nothing")
+    (tmp_path / "nothing").mkdir()
     niah_fails(capsys, tmp_path, "is not a model", tmp_path / "nothing")
     llama = tmp_path / "llama"
     llama.mkdir()

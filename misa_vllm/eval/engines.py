@@ -89,6 +89,8 @@ def model_config(model: str) -> dict:
     """
     from transformers import PretrainedConfig
 
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():  # a hub's names begin otherwise
+        raise EvalError(f"{model} is not a model: there is no such folder")
     try:
         config, _ = PretrainedConfig.get_config_dict(model)
     except (OSError, ValueError) as error:
