@@ -69,7 +69,7 @@ def full_plan() -> Plan:
         (
             Stage("drill-256", 0.03, 256, 65536, mix=replace(SHORT, drill=0.6)),
             Stage("dense-256", 0.06, 256, 65536, mix=replace(SHORT, drill=0.05)),
-            Stage("dense-1k", 0.16, 1024, 65536, mix=MEDIUM),
+            Stage("dense-1k", 0.14, 1024, 65536, mix=MEDIUM),
             Stage("dense-4k", 0.14, 4096, 65536, mix=MEDIUM),
             Stage("dense-16k", 0.10, 16384, 65536, mix=LONG),
             Stage("dense-32k", 0.10, 32768, 65536, mix=LONG),

@@ -264,6 +264,7 @@ def make_sample(corpus: Corpus, mix: Mix, length: int, seed: str) -> Sample:
     ends = corpus.sentence_ends(text[:reach])
     ends = ends if len(ends) else np.arange(reach)
     placed: list[tuple[int, int, Piece]] = []  # where in the text, order of drawing, what
+    spans: list[tuple[int, int]] = []
     spent = 0
     needles: list[Needle] = []
     tail: Piece | None = None
@@ -303,6 +304,7 @@ def make_sample(corpus: Corpus, mix: Mix, length: int, seed: str) -> Sample:
             question = writer.passage(passage[:quoted], passage[quoted:]) if kind == PASSAGE else writer.repeat(passage)
             facts = []
             first = (start + size) / reach
+            spans.append((start, start + size))
         cost = sum(map(len, facts)) + len(question)
         if spent + cost > budget:
             if spent:
@@ -321,6 +323,7 @@ def make_sample(corpus: Corpus, mix: Mix, length: int, seed: str) -> Sample:
         else:
             later = rng.random() if rng.random() < 0.7 else rng.random() ** 3
             placed.append((_end_at(ends, first + (1 - first) * later, reach), 1000 + order, question))
+    placed = [(_outside(spans, place), order, piece) for place, order, piece in placed]
     return _assembled(head, text, sorted(placed, key=lambda entry: entry[:2]), tail, total)
 
 
@@ -335,8 +338,16 @@ def _drill(corpus: Corpus, rng: random.Random, total: int) -> Sample:
 
 
 def _end_at(ends: np.ndarray, place: float, reach: int) -> int:
-    """The sentence end nearest behind the fraction `place` of the text."""
-    return int(ends[min(len(ends) - 1, int(np.searchsorted(ends, int(place * reach))))])
+    """The sentence end next behind the fraction `place` of the text, or the text's own."""
+    number = int(np.searchsorted(ends, int(place * reach)))
+    return int(ends[number]) if number < len(ends) else reach
+
+
+def _outside(spans: list[tuple[int, int]], place: int) -> int:
+    """`place`, or the end of the passages around it, which are to stay in one piece."""
+    while around := [end for start, end in spans if start < place < end]:
+        place = max(around)
+    return place
 
 
 def _assembled(head: list[int], text: np.ndarray, placed: list, tail: Piece | None, total: int) -> Sample:
