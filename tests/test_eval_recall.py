@@ -476,6 +476,41 @@ def test_cost_of_the_policies():
     assert recall.cost(Variant("hisa", candidates=1024), at, 256, 64) == pytest.approx(1 / 128 + 1 / 4)
 
 
+def test_selections_of_stock_kernels_are_observed(monkeypatch):
+    """CUDA's scoring function under policy dsa, around a stand-in for stock's."""
+    from misa_vllm.seam import cuda
+
+    buffer = torch.zeros(10, 4, dtype=torch.int32)
+    monkeypatch.setattr(cuda.attention, "sparse_attn_indexer", lambda *args, **kwargs: buffer.fill_(7))
+    monkeypatch.setattr(cuda.attention.DeepseekV32Indexer, "indexer_cache_cls", None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    indexer = Indexer(settings(topk=4), "cpu")
+    index_cache = torch.zeros(4, 8448, dtype=torch.uint8)
+    layers = {"layer": Namespace(indexer=indexer, index_cache=index_cache)}
+    context = Namespace(no_compile_layers=layers, attn_metadata=None)
+    monkeypatch.setattr(cuda, "get_forward_context", lambda: context)
+    cuda.extend_fused_indexer(object)
+    q, weights = torch.zeros(8, 64, 128).to(torch.float8_e4m3fn), torch.ones(8, 64)
+    arguments = (None, "layer", None, q, None, None, weights, 128, "ue8m0", 4, 128, 1000, 2000, buffer)
+    seen = []
+    indexer.observer = lambda step, selected: seen.append((step, selected.clone()))
+    assert cuda.attention.sparse_attn_indexer(*arguments) is buffer and not seen  # memory profiling
+    context.attn_metadata = {
+        "layer": Namespace(
+            query_start_loc=torch.tensor([0, 5], dtype=torch.int32), slot_mapping=torch.arange(6),
+            seq_lens=torch.tensor([9], dtype=torch.int32), block_table=torch.zeros(1, 4, dtype=torch.int32),
+            max_seq_len=9, min_visible=5,
+        )
+    }  # fmt: skip
+    assert cuda.attention.sparse_attn_indexer(*arguments) is buffer
+    ((step, selected),) = seen
+    assert step.rows.visible.tolist() == [5, 6, 7, 8, 9, 0]
+    assert len(step.q) == len(step.gates) == len(selected) == 6 and step.index_cache is index_cache
+    assert selected.unique().tolist() == [7]
+    indexer.observer = None
+    assert cuda.attention.sparse_attn_indexer(*arguments) is buffer and len(seen) == 1
+
+
 def test_recall_counts_what_the_metrics_count():
     exact = torch.tensor([[1, 2, 3, 4]], dtype=torch.int32)
     assert metrics.recall(torch.tensor([[4, 9, 1, -1]], dtype=torch.int32), exact).tolist() == [0.5]

@@ -1,6 +1,7 @@
 """`misa-eval NAME`: what MISA keeps of DSA on a checkpoint.
 
-A tool is a module with `add_arguments(parser)` and `run(args)`. `run` returns the exit code (None: 0) and raises `EvalError` where the tool cannot run, which is exit code 2.
+A tool is a module with `add_arguments(parser)` and `run(args)`. `run` returns the exit code (None: 0) and raises
+`EvalError` where the tool cannot run, which is exit code 2.
 """
 
 import argparse

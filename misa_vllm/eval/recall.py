@@ -9,7 +9,6 @@ and the token that the model adds.
 """
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import random
@@ -26,7 +25,7 @@ from misa_vllm.bench.report import aligned_table, at_least, one_line, plain, wri
 from misa_vllm.bench.serve_shapes import json_object
 from misa_vllm.config import resolve_settings
 from misa_vllm.eval.probe import Variant
-from misa_vllm.eval.report import EvalError, environment, require_folder
+from misa_vllm.eval.report import EvalError, described, environment, require_folder
 from misa_vllm.eval.statistics import SERVED, STATISTICS
 from misa_vllm.policies import POLICIES
 from misa_vllm.policies.hisa import BLOCK as HISA_BLOCK
@@ -126,8 +125,7 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "arguments": plain({**vars(args), "text": [str(file) for file in args.text]}),
         "texts": [
-            {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "tokens": len(prompt)}
-            for file, prompt in zip(args.text, prompts, strict=True)
+            {**described(file), "tokens": len(prompt)} for file, prompt in zip(args.text, prompts, strict=True)
         ],
         "contexts": contexts,
     }
