@@ -19,7 +19,7 @@ from misa_vllm.train import batches, checkpoint, corpus, export, kernels, ngram,
 from misa_vllm.train import run as run_module
 from misa_vllm.train.__main__ import main as train_main
 from misa_vllm.train.bpe import Encoder
-from misa_vllm.train.model import DsaModel, divergence, rope_tables, select, sparse_attention
+from misa_vllm.train.model import DsaModel, Past, divergence, rope_tables, select, sparse_attention
 from misa_vllm.train.optim import orthogonal
 from misa_vllm.train.plan import PLANS, Plan, Stage
 from misa_vllm.train.run import Options, train
@@ -152,6 +152,13 @@ def test_prompts_have_their_length_and_the_needle_its_depth(text, depth):
         tasks.needle_prompt(text, 30, 0.5, "p")
 
 
+def test_questions_come_behind_the_context(text):
+    for number in range(10):
+        sample = tasks.make_sample(text, Mix(plain=0, inserted=0.6), 2048, f"c/{number}", context=1536)
+        asked = np.flatnonzero((sample.tasks != TEXT) & (sample.tasks != NOT_SCORED))
+        assert len(sample.tokens) == 2049 and len(asked) and asked[0] > 1536
+
+
 def test_passages_follow_their_sentence(text):
     mix = Mix(inserted=0.7, plain=0, chat=0, kinds=(0, 0, 0, 0, 0, 1, 0))
     sample = tasks.make_sample(text, mix, 512, "passage")
@@ -247,6 +254,29 @@ def test_the_indexer_learns_from_its_own_loss_alone(full_kl):
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.main_parameters())
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_context_is_attended_to_and_not_trained(cast):
+    """With topk over everything, tokens behind a context come out as in a whole sequence, and train the same weights."""
+    torch.manual_seed(2)
+    model = DsaModel(replace(SIZE, topk=47))
+    with torch.no_grad():
+        for parameter in model.main_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    tokens, rows = torch.randint(10, 600, (2, 48)), torch.tensor([[3, 15], [0, 12]])
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        whole, _ = model(tokens, SPARSE)
+        part, kl = model(tokens, SPARSE, rows, False, 32)
+        assert part.shape == (2, 16, SIZE.hidden)
+        # the last token alone leaves one token out
+        assert (part - whole[:, 32:])[:, :-1].abs().max() < (0.3 if cast else 1e-4)
+        (model.token_losses(part, tokens[:, 32:])[0].mean() + kl).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    _, kl_of_whole = model(tokens, SPARSE, rows + 32, False)
+    assert torch.allclose(kl, kl_of_whole, rtol=0.1 if cast else 1e-3)
+
+
 def test_some_heads_look_back_from_the_start():
     """The probability that the first heads give the token 1, 2, ... places before, before any training."""
     torch.manual_seed(0)
@@ -263,7 +293,7 @@ def test_some_heads_look_back_from_the_start():
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(kernels, "dense_attention", keep)
         x = model.model["embed_tokens"](torch.randint(0, size.vocab, (1, 300)))
-        layer(x, rope_tables(size, 300, "cpu"), DENSE, None, False)
+        layer(x, rope_tables(size, 300, "cpu"), DENSE, None, False, Past())
     p = caught["p"].masked_fill(torch.ones(300, 300, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
     for head in range(3):
         assert p[0, head].diagonal(-(head + 1))[50:].mean() > 0.9
@@ -301,6 +331,7 @@ def test_plans_are_sound(name):
     for stage in plan.stages:
         assert stage.tokens % stage.length == 0 and stage.length <= plan.size.max_position
         assert stage.train_model or stage.kl_rows
+        assert stage.kl_rows <= stage.length - stage.context and (stage.mode == SPARSE or not stage.context)
     assert [plan.stage_at(p) for p in (0.0, 0.999999, 1.0)] == [0, len(plan.stages) - 1, len(plan.stages) - 1]
     assert plan.rate_at(0) == 1.0 and math.isclose(plan.rate_at(1.0), plan.final_rate)
 

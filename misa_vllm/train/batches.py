@@ -31,17 +31,20 @@ def number_of(text: str) -> int:
 
 
 def make(stage: Stage, seed: str) -> tuple[Sample, np.ndarray | None]:
-    """A step's sequences, and the queries [B, R] at which the indexer learns: up to half where answers are foretold."""
+    """A step's sequences, and the queries [B, R] at which the indexer learns, up to half where answers are foretold.
+
+    Queries are counted from the end of the stage's context.
+    """
     count = max(1, stage.tokens // stage.length)
-    batch = make_batch(_corpus, stage.mix, stage.length, count, seed)
+    batch = make_batch(_corpus, stage.mix, stage.length, count, seed, stage.context)
     if not stage.kl_rows:
         return batch, None
     rng = np.random.default_rng(number_of(seed))
     rows = np.empty((count, stage.kl_rows), np.int64)
     for b in range(count):
-        targets = batch.tasks[b, 1:]
+        targets = batch.tasks[b, 1 + stage.context :]
         answers = rng.permutation(np.flatnonzero((targets != TEXT) & (targets != NOT_SCORED)))[: stage.kl_rows // 2]
-        others = rng.choice(stage.length, stage.kl_rows - len(answers), replace=False)
+        others = rng.choice(stage.length - stage.context, stage.kl_rows - len(answers), replace=False)
         rows[b] = np.concatenate([answers, others])
     return batch, rows
 

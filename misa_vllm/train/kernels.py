@@ -31,7 +31,7 @@ def index_scores(q: torch.Tensor, k: torch.Tensor, gates: torch.Tensor, first: i
     if products.dtype == torch.float32:
         found = torch.bmm(gates.unsqueeze(1), products).squeeze(1)
     # sums in bf16 would make thousands of tokens tie
-    elif _scores_by == BMM:
+    elif q.is_cuda and _scores_by == BMM:
         found = torch.bmm(gates.to(products.dtype).unsqueeze(1), products, out_dtype=torch.float32).squeeze(1)
     else:
         found = products.mul_(gates.unsqueeze(-1)).sum(1, dtype=torch.float32)

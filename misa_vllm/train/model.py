@@ -134,6 +134,30 @@ class Indexer(nn.Module):
         return torch.cat((rotate_halves(turned, *rope), rest), dim=-1)
 
 
+class Past:
+    """Keys and values of one layer for the tokens before those that are computed now."""
+
+    def __init__(self, wanted: bool = False) -> None:
+        self.wanted = wanted
+        """Whether later tokens will want them."""
+        self.parts: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def length(self) -> int:
+        return self.parts[0].shape[2] if self.parts else 0
+
+    def extended(self, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor | None):
+        """k and v [B, heads, N, D] and index keys [B, N, D] of all tokens, these last."""
+        if self.parts:
+            k, v, keys = (
+                torch.cat((old.to(new.dtype), new), dim=dim)
+                for old, new, dim in zip(self.parts, (k, v, keys), (2, 2, 1), strict=True)
+            )
+        if self.wanted:
+            self.parts = k, v, keys
+        return k, v, keys
+
+
 class Attention(nn.Module):
     """Multi-head latent attention, over all tokens or over those the indexer selects."""
 
@@ -149,38 +173,45 @@ class Attention(nn.Module):
         self.o_proj = linear(size.heads * size.v_head_dim, size.hidden)
         self.indexer = Indexer(size)
 
-    def forward(self, x: torch.Tensor, rope, mode: str, kl_rows: torch.Tensor | None, full_kl: bool):
-        """Attention output [B, N, hidden], and the indexer's loss where `kl_rows` [B, R] names queries for it."""
-        size, (batch, length, _) = self.size, x.shape
+    def forward(self, x: torch.Tensor, rope, mode: str, kl_rows: torch.Tensor | None, full_kl: bool, past: Past):
+        """Attention output [B, N, hidden], and the indexer's loss where `kl_rows` [B, R] names queries for it.
+
+        past: keys and values of the tokens before x's, which x's attend to as well; its own are added to it.
+        """
+        size, before = self.size, past.length
+        here = [table[before : before + x.shape[1]] for table in rope]
         latent = self.q_a_layernorm(self.q_a_proj(x))
         q = self.q_b_proj(latent).unflatten(-1, (size.heads, size.head_dim))
         q_nope, q_rope = q.split([size.nope_head_dim, size.rope_head_dim], dim=-1)
-        q = torch.cat((q_nope, rotate_pairs(q_rope, *rope)), dim=-1).transpose(1, 2)
+        q = torch.cat((q_nope, rotate_pairs(q_rope, *here)), dim=-1).transpose(1, 2)
 
         compressed, k_rope = self.kv_a_proj_with_mqa(x).split([size.kv_lora_rank, size.rope_head_dim], dim=-1)
         up = self.kv_b_proj(self.kv_a_layernorm(compressed)).unflatten(-1, (size.heads, -1))
         k_nope, v = up.split([size.nope_head_dim, size.v_head_dim], dim=-1)
-        k_rope = rotate_pairs(k_rope.unsqueeze(-2), *rope).expand(-1, -1, size.heads, -1)
+        k_rope = rotate_pairs(k_rope.unsqueeze(-2), *here).expand(-1, -1, size.heads, -1)
         k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)
         # one width for q, k and v is what lets scaled_dot_product_attention take its flash kernel
         v = F.pad(v, (0, size.head_dim - size.v_head_dim)).transpose(1, 2)
 
-        selected = loss = None
+        selected = loss = keys = None
         # the indexer learns from its own loss alone (report, section 2.1.1), so its inputs are detached
         hidden, latent = x.detach(), latent.detach()
-        sparse = mode == SPARSE and length > size.topk
-        if sparse or kl_rows is not None:
+        sparse = mode == SPARSE and before + x.shape[1] > size.topk
+        if sparse or kl_rows is not None or past.wanted:
             with torch.set_grad_enabled(kl_rows is not None and torch.is_grad_enabled()):
-                keys = self.indexer.keys(hidden, rope)
+                keys = self.indexer.keys(hidden, here)
+        k, v, keys = past.extended(k, v, keys)
         if sparse:
-            selected = select(self.indexer, hidden, latent, keys.detach(), rope)
+            selected = select(self.indexer, hidden, latent, keys.detach(), rope, before)
         if kl_rows is not None:
             chosen = None if full_kl else selected
-            loss = indexer_loss(self.indexer, hidden, latent, keys, rope, q.detach(), k.detach(), kl_rows, chosen)
+            loss = indexer_loss(
+                self.indexer, hidden, latent, keys, rope, q.detach(), k.detach(), kl_rows, chosen, before
+            )
         if selected is None:
             attended = kernels.dense_attention(q, k, v)
         else:
-            attended = sparse_attention(q, k, v, selected)
+            attended = sparse_attention(q, k, v, selected, before)
         attended = attended[..., : size.v_head_dim].transpose(1, 2).flatten(-2)
         return self.o_proj(attended), loss
 
@@ -204,8 +235,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(size.hidden, size.eps)
         self.mlp = MLP(size)
 
-    def forward(self, x, rope, mode, kl_rows, full_kl):
-        attended, loss = self.self_attn(self.input_layernorm(x), rope, mode, kl_rows, full_kl)
+    def forward(self, x, rope, mode, kl_rows, full_kl, past):
+        attended, loss = self.self_attn(self.input_layernorm(x), rope, mode, kl_rows, full_kl, past)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), loss
 
@@ -276,21 +307,38 @@ class DsaModel(nn.Module):
         mode: str = DENSE,
         kl_rows: torch.Tensor | None = None,
         full_kl: bool = False,
+        context: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final hidden states [B, N, hidden] of tokens [B, N] int64, and the indexers' loss, a mean over layers.
+        """Final hidden states [B, N - context, hidden] of tokens [B, N] int64, and the indexers' loss over layers.
 
         mode: `DENSE` attends to every earlier token, `SPARSE` to the `topk` the indexer selects.
-        kl_rows [B, R] int64: query positions at which the indexer learns the attention distribution; None: nowhere.
+        kl_rows [B, R] int64: queries, counted from `context`, at which the indexer learns the attention distribution;
+        None: nowhere.
         full_kl: in sparse mode too, learn it over all earlier tokens instead of the selected ones.
+        context: so many first tokens are only attended to. They are computed densely and without gradient, at a
+        fraction of the cost, so that training can afford long sequences; `SPARSE` only.
         """
         rope = rope_tables(self.size, tokens.shape[1], tokens.device)
-        x = self.model["embed_tokens"](tokens)
-        losses = []
-        for layer in self.model["layers"]:
-            x, loss = layer(x, rope, mode, kl_rows, full_kl)
+        pasts = [Past(wanted=context > 0) for _ in self.model["layers"]]
+        if context:
+            # uncached: what autocast casts without a gradient it would hand on to the tokens that are trained on
+            device = tokens.device.type
+            cast = torch.autocast(
+                device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
+            )
+            with torch.no_grad(), cast:
+                self._layers(tokens[:, :context], rope, DENSE, None, False, pasts)
+        x, losses = self._layers(tokens[:, context:], rope, mode, kl_rows, full_kl, pasts)
+        return self.model["norm"](x), torch.stack(losses).mean() if losses else x.new_zeros(())
+
+    def _layers(self, tokens, rope, mode, kl_rows, full_kl, pasts):
+        x, losses = self.model["embed_tokens"](tokens), []
+        for layer, past in zip(self.model["layers"], pasts, strict=True):
+            x, loss = layer(x, rope, mode, kl_rows, full_kl, past)
+            past.wanted = False
             if loss is not None:
                 losses.append(loss)
-        return self.model["norm"](x), torch.stack(losses).mean() if losses else x.new_zeros(())
+        return x, losses
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.model["embed_tokens"].weight).float()
@@ -314,35 +362,44 @@ class DsaModel(nn.Module):
 # ---------------------------------------------------------------- sparse attention
 
 
-def query_chunks(length: int, pairs: int) -> list[tuple[int, int]]:
-    """Ranges of queries, a power of two each, that make about `pairs` (query, key) pairs at `length` keys."""
-    chunk = max(16, 1 << int(math.log2(max(1, pairs // length))))
+def query_chunks(length: int, pairs: int, keys: int) -> list[tuple[int, int]]:
+    """Ranges of `length` queries, a power of two each, that make about `pairs` (query, key) pairs at `keys` keys."""
+    chunk = max(16, 1 << int(math.log2(max(1, pairs // keys))))
     return [(start, min(start + chunk, length)) for start in range(0, length, chunk)]
 
 
 @torch.no_grad()
-def select(indexer: Indexer, hidden: torch.Tensor, latent: torch.Tensor, keys: torch.Tensor, rope) -> torch.Tensor:
+def select(
+    indexer: Indexer, hidden: torch.Tensor, latent: torch.Tensor, keys: torch.Tensor, rope, before: int = 0
+) -> torch.Tensor:
     """Exact DSA selection, [B, N, topk] int32; entries of a row with fewer visible tokens repeat its first token.
 
+    hidden and latent are of N tokens that `before` others precede, keys [B, before + N, D] of all.
     Queries are made chunk by chunk: all at once they would be the largest tensor of the model.
     """
     (batch, length, _), size = hidden.shape, indexer.size
     selected = torch.zeros(batch, length, size.topk, dtype=torch.int32, device=hidden.device)
     pairs = kernels.scored_at_once(size.index_heads, hidden.device)
     for row in range(batch):
-        for start, stop in query_chunks(length, min(pairs, QUERIES_AT_ONCE * length)):
-            some = slice(start, stop)
-            q, gates = indexer.queries(hidden[row, some], latent[row, some], [table[some] for table in rope])
-            found = kernels.index_scores(q, keys[row, :stop], gates, start)
-            best = found.topk(min(size.topk, stop), dim=-1, sorted=False).indices
+        for start, stop in query_chunks(length, min(pairs, QUERIES_AT_ONCE * keys.shape[1]), keys.shape[1]):
+            some, end = slice(start, stop), before + stop
+            q, gates = indexer.queries(
+                hidden[row, some], latent[row, some], [table[before + start : end] for table in rope]
+            )
+            found = kernels.index_scores(q, keys[row, :end], gates, before + start)
+            best = found.topk(min(size.topk, end), dim=-1, sorted=False).indices
             # rows with fewer visible tokens than topk select them all, the first one among them
-            visible = torch.arange(start, stop, device=hidden.device).unsqueeze(-1)
+            visible = torch.arange(before + start, end, device=hidden.device).unsqueeze(-1)
             selected[row, some, : best.shape[-1]] = best.masked_fill_(best > visible, 0)
     return selected
 
 
-def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
-    """Attention [B, heads, N, D] of q, k, v [B, heads, N, D] over each query's `selected` [B, N, topk] tokens.
+def sparse_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selected: torch.Tensor, before: int = 0
+) -> torch.Tensor:
+    """Attention [B, heads, N, D] of q [B, heads, N, D] over each query's `selected` [B, N, topk] tokens.
+
+    k and v [B, heads, before + N, D].
 
     A mask over all keys, made anew in the backward pass: for these sizes that is cheaper than gathering keys, whose
     gradients would have to be scattered.
@@ -355,9 +412,9 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selected
         return kernels.masked_attention(q, k, v, mask)
 
     parts = []
-    for start, stop in query_chunks(length, MASKED_PAIRS // q.shape[0]):
+    for start, stop in query_chunks(q.shape[2], MASKED_PAIRS // q.shape[0], length):
         # keys in whole sixteens, the alignment that the memory-efficient kernel wants of a mask's rows
-        keys = min(length, -(-stop // 16) * 16)
+        keys = min(length, -(-(before + stop) // 16) * 16)
         part = q[:, :, start:stop], k[:, :, :keys], v[:, :, :keys], selected[:, start:stop]
         parts.append(remade(chunk_attention, *part))
     return torch.cat(parts, dim=2)
@@ -367,23 +424,23 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selected
 
 
 def indexer_loss(
-    indexer: Indexer, hidden, latent, keys, rope, q, k, rows: torch.Tensor, selected: torch.Tensor | None
+    indexer: Indexer, hidden, latent, keys, rope, q, k, rows: torch.Tensor, selected: torch.Tensor | None, before: int
 ) -> torch.Tensor:
     """KL divergence from the indexer's softmax to the attention distribution, a mean over the queries `rows` [B, R].
 
     The target is attention summed over heads and L1-normalised, over all earlier tokens (report, eq. 3) or, with
     `selected` [B, N, topk], over the selected ones (eq. 4). The attention's q and k [B, heads, N, D] carry no gradient,
-    and only the indexer's parameters get one.
+    and only the indexer's parameters get one. Queries are counted from `before`, the position of the first of q's.
     """
     scale = q.shape[-1] ** -0.5
     chunk, losses = max(1, KL_PAIRS // k.shape[2]), []
 
     def one_chunk(keys, hidden, latent, row_q, k, some, chosen):
-        index_q, gates = indexer.queries(hidden, latent, [table[some] for table in rope])
+        index_q, gates = indexer.queries(hidden, latent, [table[before + some] for table in rope])
         with torch.no_grad():
             attention = torch.einsum("hrd,hnd->hrn", row_q, k).float() * scale
         if chosen is None:
-            left_out = torch.arange(k.shape[1], device=k.device) > some.unsqueeze(-1)  # [R, N]
+            left_out = torch.arange(k.shape[1], device=k.device) > before + some.unsqueeze(-1)  # [R, N]
             score = kernels.differentiable_scores(index_q, keys, gates)
         else:
             repeats = chosen == 0  # token 0 fills up short rows: it counts once

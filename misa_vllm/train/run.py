@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from misa_vllm.train import batches, checkpoint, kernels
-from misa_vllm.train.evaluate import autocast, needle_accuracy, perplexity
+from misa_vllm.train.evaluate import DEPTHS, autocast, needle_accuracy, perplexity
 from misa_vllm.train.model import DENSE, SPARSE, DsaModel
 from misa_vllm.train.optim import Optimizer
 from misa_vllm.train.plan import Plan, Stage
@@ -24,6 +24,8 @@ from misa_vllm.train.tasks import NOT_SCORED, TASKS, WEIGHT_UNIT, Corpus, Sample
 
 WARM_STEPS = 100  # of a fresh run: the learning rate rises from zero
 REWARM_STEPS = 40  # of a resumed run, and of every stage that starts to train other parameters
+SAVE_SECONDS = 120  # between checkpoints, so that a run that breaks off loses little
+LONG_PROMPT = 40_000  # tokens from which an evaluation takes three depths, one needle each
 CURVES = "curves.jsonl"
 
 
@@ -47,7 +49,7 @@ class Options:
     """Steps per stage of a smoke run: every stage at its full length, no schedule."""
     log_seconds: float = 3.0
     eval_needles: int = 2
-    """Needles per depth and length of the evaluation after a stage; the last one takes three times as many."""
+    """Needles per depth and length of the evaluation after a stage; the last one takes four times as many."""
     eval_lengths: tuple[int, ...] = ()
     finish_seconds: float = 25.0
     """Kept for the last evaluation and the checkpoint."""
@@ -84,13 +86,14 @@ class Trainer:
     def step(self, stage: Stage, batch: Sample, rows: np.ndarray | None, scale: float) -> None:
         """One update; sums for the curves stay on the device, so that nothing waits for it."""
         tokens = _to(batch.tokens.astype(np.int32), self.device).long()
-        weights = _to(batch.weights[:, 1:], self.device).flatten().float() / WEIGHT_UNIT
-        tasks = _to(batch.tasks[:, 1:], self.device).flatten().long()
+        context = stage.context
+        weights = _to(batch.weights[:, 1 + context :], self.device).flatten().float() / WEIGHT_UNIT
+        tasks = _to(batch.tasks[:, 1 + context :], self.device).flatten().long()
         kl_rows = None if rows is None else _to(rows, self.device)
         with autocast(self.device):
-            hidden, kl = self.model(tokens[:, :-1], stage.mode, kl_rows, stage.full_kl)
+            hidden, kl = self.model(tokens[:, :-1], stage.mode, kl_rows, stage.full_kl, context)
             with torch.set_grad_enabled(stage.train_model):
-                losses, right = self.model.token_losses(hidden, tokens[:, 1:])
+                losses, right = self.model.token_losses(hidden, tokens[:, 1 + context :])
         loss = (losses * weights).sum() / weights.sum()
         total = loss * stage.train_model + (kl if kl_rows is not None else 0.0)
         total.backward()
@@ -200,6 +203,7 @@ class _Loop:
         self.started = started
         self.deadline = started + 60 * options.minutes - options.finish_seconds
         self.stages = {stage.name: stage for stage in plan.stages}
+        self.saved = started
         self.good = None  # weights of the last log line whose figures were finite
 
     def run(self, pool) -> None:
@@ -213,6 +217,7 @@ class _Loop:
             stage = self.stages[plan.stages[plan.stage_at(page["progress"])].name]
             if current is None or stage.name != current.name:
                 if current is not None:
+                    self.save()
                     self.evaluate(current)
                 self.trainer.prepare(stage)
                 source = batches.stream(options.seed, stage, page["stage_steps"].get(stage.name, 0), pool)
@@ -284,7 +289,7 @@ class _Loop:
         if stage.tokens > stage.length:
             smaller = replace(stage, tokens=max(stage.length, stage.tokens // 2))
         elif stage.length > 2048:
-            smaller = replace(stage, length=stage.length // 2, tokens=stage.tokens // 2)
+            smaller = replace(stage, length=stage.length // 2, tokens=stage.tokens // 2, context=stage.context // 2)
         else:
             raise ValueError(f"stage {stage.name} does not fit into this device's memory: choose fewer tokens per step")
         self.stages[stage.name] = smaller
@@ -307,6 +312,8 @@ class _Loop:
             f"{tokens_per_s / 1e3:6.0f}k/s {memory:4.0f}G kl {figures['kl']:.3f} |g| {figures['norm']:.2f} {shown}"
         )
         finite = all(math.isfinite(value) for value in figures.values())
+        if finite and not self.options.smoke and time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
         if finite:
             self.good = [p.detach().clone() for p in self.trainer.model.parameters()]
         elif self.good is not None:
@@ -325,13 +332,14 @@ class _Loop:
         began = time.monotonic()
         modes = [DENSE] if not self.trainer.index_optimizer else [DENSE, SPARSE]
         lengths = options.eval_lengths or (stage.length,)
-        seeds = options.eval_needles * (3 if last else 1)
+        seeds = options.eval_needles * (4 if last else 1)
         record: dict = {"evaluation": stage.name, "progress": round(self.page["progress"], 4)}
         for mode in modes:
             for length in lengths:
                 if length > 4 * stage.length or length < 128:
                     continue
-                depths = needle_accuracy(model, self.held_out, length, mode, seeds)
+                asked = (1, DEPTHS[::5]) if length > LONG_PROMPT else (seeds, DEPTHS)
+                depths = needle_accuracy(model, self.held_out, length, mode, *asked)
                 record[f"needle/{mode}/{length}"] = {str(depth): share for depth, share in depths.items()}
                 mean = sum(depths.values()) / len(depths)
                 self.log(f"   needles {mode:6} {length:6}: {mean:.3f}  " + " ".join(f"{s:.2f}" for s in depths.values()))
@@ -345,6 +353,7 @@ class _Loop:
 
     def save(self) -> None:
         """Write the checkpoint."""
+        self.saved = time.monotonic()
         checkpoint.save(self.options.out, self.trainer.model, {**self.page, "seed": self.options.seed})
 
     def _write(self, record: dict) -> None:

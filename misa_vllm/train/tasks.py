@@ -245,8 +245,8 @@ class Writer:
 # ---------------------------------------------------------------- sequences
 
 
-def make_sample(corpus: Corpus, mix: Mix, length: int, seed: str) -> Sample:
-    """A sequence of exactly `length` + 1 tokens."""
+def make_sample(corpus: Corpus, mix: Mix, length: int, seed: str, context: int = 0) -> Sample:
+    """A sequence of exactly `length` + 1 tokens, whose questions all come behind its first `context`."""
     rng = random.Random(seed)
     total = length + 1
     chat = rng.random() < mix.chat
@@ -258,9 +258,10 @@ def make_sample(corpus: Corpus, mix: Mix, length: int, seed: str) -> Sample:
         return Sample(tokens, np.full(total, WEIGHT_UNIT, np.uint8), np.zeros(total, np.uint8))
 
     writer = Writer(corpus, mix)
-    budget = int(total * mix.inserted)
+    budget = int((total - context) * mix.inserted)
     text = corpus.crop(rng, total)  # more than fits; cut once the pieces are known
     reach = total - budget - len(head)  # of the text: pieces are placed in this part
+    earliest = context / reach  # of a question, as a share of it
     ends = corpus.sentence_ends(text[:reach])
     ends = ends if len(ends) else np.arange(reach)
     placed: list[tuple[int, int, Piece]] = []  # where in the text, order of drawing, what
@@ -322,7 +323,8 @@ def make_sample(corpus: Corpus, mix: Mix, length: int, seed: str) -> Sample:
                 tail, spent = writer.chat_end(needles[-1]), spent + 12
         else:
             later = rng.random() if rng.random() < 0.7 else rng.random() ** 3
-            placed.append((_end_at(ends, first + (1 - first) * later, reach), 1000 + order, question))
+            from_here = max(first, earliest)
+            placed.append((_end_at(ends, from_here + (1 - from_here) * later, reach), 1000 + order, question))
     placed = [(_outside(spans, place), order, piece) for place, order, piece in placed]
     return _assembled(head, text, sorted(placed, key=lambda entry: entry[:2]), tail, total)
 
@@ -374,9 +376,9 @@ def _assembled(head: list[int], text: np.ndarray, placed: list, tail: Piece | No
     )
 
 
-def make_batch(corpus: Corpus, mix: Mix, length: int, count: int, seed: str) -> Sample:
+def make_batch(corpus: Corpus, mix: Mix, length: int, count: int, seed: str, context: int = 0) -> Sample:
     """`count` sequences stacked: arrays of [count, length + 1]."""
-    samples = [make_sample(corpus, mix, length, f"{seed}/{i}") for i in range(count)]
+    samples = [make_sample(corpus, mix, length, f"{seed}/{i}", context) for i in range(count)]
     return Sample(*(np.stack([getattr(s, name) for s in samples]) for name in ("tokens", "weights", "tasks")))
 
 
