@@ -60,8 +60,8 @@ class Plan:
 
 
 SHORT = Mix(inserted=0.75, plain=0.1)
-MEDIUM = Mix(inserted=0.5, plain=0.1)
-LONG = Mix(inserted=0.35, plain=0.1)
+MEDIUM = Mix(inserted=0.5, plain=0.1, most_pairs=64)
+LONG = Mix(inserted=0.35, plain=0.1, most_pairs=256, answer_weight=6.0)
 
 
 def full_plan() -> Plan:
