@@ -77,7 +77,19 @@ class MISAMetadataBuilder(AttentionMetadataBuilder[MISAMetadata]):
         )
 
 
-class MISABackend(AttentionBackend):
+class _PagedBackend(AttentionBackend):
+    """What the CPU engine's caches have in common: our metadata, and pages of 64 tokens."""
+
+    @staticmethod
+    def get_builder_cls() -> type[MISAMetadataBuilder]:
+        return MISAMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
+        return [PAGE_TOKENS]
+
+
+class MISABackend(_PagedBackend):
     """The attention backend that vLLM's option `misa` names.
 
     On CUDA vLLM asks `validate_configuration`, then resolves `full_cls_name`: both answer for the stock backend.
@@ -95,14 +107,6 @@ class MISABackend(AttentionBackend):
     @staticmethod
     def get_impl_cls() -> type["SparseMLAImpl"]:
         return SparseMLAImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[MISAMetadataBuilder]:
-        return MISAMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
-        return [PAGE_TOKENS]
 
     @classmethod
     def is_mla(cls) -> bool:
@@ -123,7 +127,7 @@ class MISABackend(AttentionBackend):
         return super().full_cls_name() if cls._stock is None else cls._stock.full_cls_name()
 
 
-class MISAIndexerBackend(AttentionBackend):
+class MISAIndexerBackend(_PagedBackend):
     """Storage of the index keys on CPU; its layers never attend."""
 
     @staticmethod
@@ -133,14 +137,6 @@ class MISAIndexerBackend(AttentionBackend):
     @staticmethod
     def get_impl_cls():
         raise NotImplementedError("the index cache has no attention implementation")
-
-    @staticmethod
-    def get_builder_cls() -> type[MISAMetadataBuilder]:
-        return MISAMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
-        return [PAGE_TOKENS]
 
 
 class SparseMLAImpl(MLAAttentionImpl[MISAMetadata]):

@@ -21,7 +21,7 @@ def case(subject):
 
 
 def parts(case, size):
-    """Calls of `size` rows, at the start, in the middle and at the end, with a bound for the keys that a graph takes."""
+    """Calls of `size` rows at the start, in the middle and at the end, with the bound of keys that a graph has."""
     rows = case.rows
     longest = QueryRows(rows.block_table, rows.request, rows.visible, 64 * rows.block_table.shape[1])
     for start in (0, (len(case) - size) // 2, len(case) - size):
