@@ -172,13 +172,41 @@ def test_passages_follow_their_sentence(text):
 def test_the_indexer_learns_where_answers_are(data):
     batches.start_worker(data)
     stage = Stage("s", 1.0, 256, 1024, kl_rows=20, mix=MIX)
-    sample, rows = batches.make(stage, "x")
+    batch = batches.make(stage, "x", 4095)
+    sample, rows = batch.sample, batch.rows
+    assert np.array_equal(batch.positions, np.arange(256))
     assert sample.tokens.shape == (4, 257) and rows.shape == (4, 20)
     assert rows.min() >= 0 and rows.max() < 256
     targets = np.take_along_axis(sample.tasks[:, 1:], rows, axis=1)
     assert ((targets != TEXT) & (targets != NOT_SCORED)).sum() > 10
-    stream = batches.stream("seed", stage, 3)
-    assert np.array_equal(next(stream)[0].tokens, batches.make(stage, "seed/s/3")[0].tokens)
+    made = next(batches.stream("seed", stage, 3, 4095))
+    assert np.array_equal(made.sample.tokens, batches.make(stage, "seed/s/3", 4095).sample.tokens)
+
+
+def test_positions_leap_within_the_models_reach():
+    furthest = 0
+    for seed in range(50):
+        positions = batches.leaping(np.random.default_rng(seed), 64, 4095)
+        steps = np.diff(positions)
+        assert len(positions) == 64 and positions[0] == 0 and positions[-1] <= 4095
+        assert steps.min() == 1 and (steps > 1).sum() <= 3
+        furthest = max(furthest, positions[-1])
+    assert furthest > 3000
+
+
+def test_only_distances_matter(data):
+    """Positions all further on by the same leave what the model computes as it was."""
+    torch.manual_seed(1)
+    model = DsaModel(SIZE)
+    with torch.no_grad():
+        for parameter in model.main_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    tokens, positions = torch.randint(10, 600, (1, 40)), torch.arange(40)
+    here, _ = model(tokens)
+    assert torch.equal(here, model(tokens, positions=positions)[0])
+    assert torch.allclose(here, model(tokens, positions=positions + 500)[0], atol=1e-3)
+    assert not torch.allclose(here, model(tokens, positions=positions * 9)[0], atol=1e-2)
 
 
 # ---------------------------------------------------------------- model
@@ -189,7 +217,7 @@ def index_inputs(model, length, batch=1):
     indexer = model.model["layers"][0].self_attn.indexer
     hidden = torch.randn(batch, length, SIZE.hidden, generator=generator)
     latent = torch.randn(batch, length, SIZE.q_lora_rank, generator=generator)
-    return indexer, hidden, latent, rope_tables(SIZE, length, "cpu")
+    return indexer, hidden, latent, rope_tables(SIZE, torch.arange(length))
 
 
 @pytest.mark.parametrize("length", [5, 16, 17, 100])
@@ -293,7 +321,7 @@ def test_some_heads_look_back_from_the_start():
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(kernels, "dense_attention", keep)
         x = model.model["embed_tokens"](torch.randint(0, size.vocab, (1, 300)))
-        layer(x, rope_tables(size, 300, "cpu"), DENSE, None, False, Past())
+        layer(x, rope_tables(size, torch.arange(300)), DENSE, None, False, Past())
     p = caught["p"].masked_fill(torch.ones(300, 300, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
     for head in range(3):
         assert p[0, head].diagonal(-(head + 1))[50:].mean() > 0.9
@@ -348,7 +376,7 @@ def test_full_model_fits_the_gpu_path_and_the_repository():
 SHORT_PLAN = Plan(
     SIZE,
     (
-        Stage("dense", 0.5, 64, 256, mix=MIX),
+        Stage("dense", 0.5, 64, 256, skips=0.5, mix=MIX),
         Stage("warmup", 0.25, 64, 256, train_model=False, kl_rows=8, mix=MIX),
         Stage("sparse", 0.25, 128, 256, SPARSE, kl_rows=8, mix=MIX),
     ),

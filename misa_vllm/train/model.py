@@ -44,11 +44,11 @@ def remade(function, *arguments):
 # ---------------------------------------------------------------- positions
 
 
-def rope_tables(size: ModelSize, length: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [length, rope/2] float32 of positions 0 .. length - 1."""
-    half = torch.arange(0, size.rope_head_dim, 2, dtype=torch.float32, device=device)
+def rope_tables(size: ModelSize, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [N, rope/2] float32 of positions [N]."""
+    half = torch.arange(0, size.rope_head_dim, 2, dtype=torch.float32, device=positions.device)
     frequency = size.rope_theta ** -(half / size.rope_head_dim)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency)
+    angles = torch.outer(positions.float(), frequency)
     return angles.cos(), angles.sin()
 
 
@@ -308,6 +308,7 @@ class DsaModel(nn.Module):
         kl_rows: torch.Tensor | None = None,
         full_kl: bool = False,
         context: int = 0,
+        positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Final hidden states [B, N - context, hidden] of tokens [B, N] int64, and the indexers' loss over layers.
 
@@ -317,8 +318,11 @@ class DsaModel(nn.Module):
         full_kl: in sparse mode too, learn it over all earlier tokens instead of the selected ones.
         context: so many first tokens are only attended to. They are computed densely and without gradient, at a
         fraction of the cost, so that training can afford long sequences; `SPARSE` only.
+        positions [N]: ascending, of the tokens; 0, 1, ... unless given.
         """
-        rope = rope_tables(self.size, tokens.shape[1], tokens.device)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        rope = rope_tables(self.size, positions)
         pasts = [Past(wanted=context > 0) for _ in self.model["layers"]]
         if context:
             # uncached: what autocast casts without a gradient it would hand on to the tokens that are trained on

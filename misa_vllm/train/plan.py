@@ -24,6 +24,10 @@ class Stage:
     full_kl: bool = False
     context: int = 0
     """So many first tokens of a sequence are only attended to; questions come behind them."""
+    skips: float = 0.0
+    """Share of steps whose positions leap ahead here and there, as far as the model's last position: what stands near
+    is then turned by RoPE as if it stood far away, so that long distances are known before long sequences come
+    (PoSE, arXiv 2309.10400)."""
     rate: float = 1.0
     """Learning rates of this stage, as a factor."""
     mix: Mix = Mix()
@@ -68,7 +72,7 @@ def full_plan() -> Plan:
     """The project's model, for one H100 or H200.
 
     Shares are of about a quarter of an hour. Expected per step there: 25 ms at 256 tokens, 40 ms at 4096, 180 ms at
-    32768 dense; 0.4 s sparse at 8192, 1 s at 32768, 1.4 s at 131072, of which the last two train the ends of their
+    32768, 1.4 s at 131072 dense; 0.4 s sparse at 8192, 1 s at 32768, 1.4 s at 131072, of which the last two train the ends of their
     sequences only. Beyond 8192 tokens the indexer learns from the attention over all tokens also in the sparse stages:
     from the selected ones alone it could not learn of one it misses.
     """
@@ -76,19 +80,21 @@ def full_plan() -> Plan:
         ModelSize(),
         (
             Stage("drill-256", 0.02, 256, 65536, mix=replace(SHORT, drill=0.6)),
-            Stage("dense-256", 0.05, 256, 65536, mix=replace(SHORT, drill=0.05)),
-            Stage("dense-1k", 0.13, 1024, 65536, mix=MEDIUM),
-            Stage("dense-4k", 0.14, 4096, 65536, mix=MEDIUM),
-            Stage("dense-16k", 0.09, 16384, 65536, mix=LONG),
-            Stage("dense-32k", 0.09, 32768, 65536, mix=LONG),
-            Stage("warmup-8k", 0.06, 8192, 65536, train_model=False, kl_rows=256, mix=LONG),
-            Stage("warmup-32k", 0.06, 32768, 65536, train_model=False, kl_rows=512, mix=LONG),
-            Stage("sparse-8k", 0.15, 8192, 65536, SPARSE, kl_rows=128, rate=0.7, mix=LONG),
+            Stage("dense-256", 0.05, 256, 65536, skips=0.2, mix=replace(SHORT, drill=0.05)),
+            Stage("dense-1k", 0.12, 1024, 65536, skips=0.3, mix=MEDIUM),
+            Stage("dense-4k", 0.13, 4096, 65536, skips=0.4, mix=MEDIUM),
+            Stage("dense-16k", 0.08, 16384, 65536, skips=0.4, mix=LONG),
+            Stage("dense-32k", 0.08, 32768, 65536, skips=0.4, mix=LONG),
+            Stage("dense-128k", 0.07, 131072, 131072, mix=LONG),
+            Stage("warmup-8k", 0.04, 8192, 65536, train_model=False, kl_rows=256, skips=0.4, mix=LONG),
+            Stage("warmup-32k", 0.06, 32768, 65536, train_model=False, kl_rows=512, skips=0.4, mix=LONG),
+            Stage("sparse-8k", 0.12, 8192, 65536, SPARSE, kl_rows=128, skips=0.4, rate=0.7, mix=LONG),
             Stage(
-                "sparse-32k", 0.13, 32768, 131072, SPARSE, kl_rows=128, full_kl=True, context=24576, rate=0.7, mix=LONG
+                "sparse-32k", 0.12, 32768, 131072, SPARSE, kl_rows=128, full_kl=True, context=24576, skips=0.4,
+                rate=0.7, mix=LONG,
             ),
             Stage(
-                "sparse-128k", 0.08, 131072, 131072, SPARSE, kl_rows=256, full_kl=True, context=122880, rate=0.7,
+                "sparse-128k", 0.11, 131072, 131072, SPARSE, kl_rows=256, full_kl=True, context=122880, rate=0.7,
                 mix=LONG,
             ),
         ),

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from misa_vllm.train import batches, checkpoint, kernels
+from misa_vllm.train.batches import Batch
 from misa_vllm.train.evaluate import DEPTHS, autocast, needle_accuracy, perplexity
 from misa_vllm.train.model import DENSE, SPARSE, DsaModel
 from misa_vllm.train.optim import Optimizer
 from misa_vllm.train.plan import Plan, Stage
-from misa_vllm.train.tasks import NOT_SCORED, TASKS, WEIGHT_UNIT, Corpus, Sample
+from misa_vllm.train.tasks import NOT_SCORED, TASKS, WEIGHT_UNIT, Corpus
 
 WARM_STEPS = 100  # of a fresh run: the learning rate rises from zero
 REWARM_STEPS = 40  # of a resumed run, and of every stage that starts to train other parameters
@@ -83,15 +84,16 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(bool(stage.kl_rows) if ".indexer." in name else stage.train_model)
 
-    def step(self, stage: Stage, batch: Sample, rows: np.ndarray | None, scale: float) -> None:
+    def step(self, stage: Stage, batch: Batch, scale: float) -> None:
         """One update; sums for the curves stay on the device, so that nothing waits for it."""
-        tokens = _to(batch.tokens.astype(np.int32), self.device).long()
-        context = stage.context
-        weights = _to(batch.weights[:, 1 + context :], self.device).flatten().float() / WEIGHT_UNIT
-        tasks = _to(batch.tasks[:, 1 + context :], self.device).flatten().long()
-        kl_rows = None if rows is None else _to(rows, self.device)
+        sample, context = batch.sample, stage.context
+        tokens = _to(sample.tokens.astype(np.int32), self.device).long()
+        weights = _to(sample.weights[:, 1 + context :], self.device).flatten().float() / WEIGHT_UNIT
+        tasks = _to(sample.tasks[:, 1 + context :], self.device).flatten().long()
+        positions = _to(batch.positions, self.device)
+        kl_rows = None if batch.rows is None else _to(batch.rows, self.device)
         with autocast(self.device):
-            hidden, kl = self.model(tokens[:, :-1], stage.mode, kl_rows, stage.full_kl, context)
+            hidden, kl = self.model(tokens[:, :-1], stage.mode, kl_rows, stage.full_kl, context, positions)
             with torch.set_grad_enabled(stage.train_model):
                 losses, right = self.model.token_losses(hidden, tokens[:, 1 + context :])
         loss = (losses * weights).sum() / weights.sum()
@@ -220,7 +222,9 @@ class _Loop:
                     self.save()
                     self.evaluate(current)
                 self.trainer.prepare(stage)
-                source = batches.stream(options.seed, stage, page["stage_steps"].get(stage.name, 0), pool)
+                source = batches.stream(
+                    options.seed, stage, page["stage_steps"].get(stage.name, 0), plan.size.max_position - 1, pool
+                )
                 warm = WARM_STEPS if page["steps"] == 0 else REWARM_STEPS
                 changed = current is None or current.train_model != stage.train_model or bool(
                     current.kl_rows
@@ -229,17 +233,17 @@ class _Loop:
                 current = stage
                 began = time.monotonic()
                 logged, steps_logged, tokens_logged = began, 0, 0
-            batch, rows = next(source)
+            batch = next(source)
             scale = plan.rate_at(page["progress"]) * stage.rate * min(1.0, (since + 1) / warm)
-            if not self._careful_step(stage, batch, rows, scale):
+            if not self._careful_step(stage, batch, scale):
                 current = None
                 continue
             since += 1
             page["stage_steps"][stage.name] = page["stage_steps"].get(stage.name, 0) + 1
             page["steps"] += 1
-            page["tokens"] += batch.tokens.shape[0] * stage.length
+            page["tokens"] += batch.sample.tokens.shape[0] * stage.length
             steps_logged += 1
-            tokens_logged += batch.tokens.shape[0] * stage.length
+            tokens_logged += batch.sample.tokens.shape[0] * stage.length
             now = time.monotonic()
             if now - logged >= options.log_seconds:
                 figures = self.trainer.take_figures()  # waits for the device, so the rate below is a true one
@@ -262,13 +266,13 @@ class _Loop:
         """A few steps of every stage at its full length, an evaluation and a checkpoint: what can fail, fails here."""
         for stage in self.plan.stages:
             self.trainer.prepare(stage)
-            source = batches.stream(self.options.seed, stage, 0, pool)
+            source = batches.stream(self.options.seed, stage, 0, self.plan.size.max_position - 1, pool)
             began = time.monotonic()
             for number in range(self.options.smoke):
                 if number == 1:
                     self.trainer.take_figures()
                     began = time.monotonic()  # the first step warms up
-                self.trainer.step(stage, *next(source), 0.1)
+                self.trainer.step(stage, next(source), 0.1)
             figures = self.trainer.take_figures()
             rate = max(1, self.options.smoke - 1) * stage.tokens / (time.monotonic() - began)
             self._report(stage, 0.1, figures, rate, rate / stage.tokens)
@@ -277,10 +281,10 @@ class _Loop:
         self.evaluate(self.plan.stages[-1])
         self.save()
 
-    def _careful_step(self, stage: Stage, batch: Sample, rows, scale: float) -> bool:
+    def _careful_step(self, stage: Stage, batch: Batch, scale: float) -> bool:
         """A step; where memory runs out, the stage goes on with half of what takes it. False: the stage changed."""
         try:
-            self.trainer.step(stage, batch, rows, scale)
+            self.trainer.step(stage, batch, scale)
             return True
         except torch.OutOfMemoryError:
             for parameter in self.trainer.model.parameters():
