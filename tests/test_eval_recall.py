@@ -545,7 +545,7 @@ def refusal(capsys, monkeypatch, *words) -> str:
         (["--heads", "8,65"], "active_heads=65 is out of range: the model has 64 indexer heads"),
         (["--pool-block", "64,100"], "pool_block=100 must be a multiple of the KV page, 64 tokens"),
         (["--candidates", "10"], f"candidates=10 is less than the {TOPK} tokens the model selects"),
-        (["--llm", '{"wrong": 1}'], "cannot be opened: TypeError"),
+        (["--engine-options", '{"wrong": 1}'], "cannot be opened: TypeError"),
         (["--dtype", "int8"], "cannot be opened: "),
     ],
 )
@@ -567,7 +567,7 @@ def test_bad_texts(model, tmp_path, capsys, monkeypatch):
 
 def test_bad_models(text, tmp_path, capsys, monkeypatch):
     assert "/nowhere cannot be opened: Invalid repository ID" in refusal(
-        capsys, monkeypatch, "/nowhere", "--text", text, "--llm", '{"skip_tokenizer_init": true}'
+        capsys, monkeypatch, "/nowhere", "--text", text, "--engine-options", '{"skip_tokenizer_init": true}'
     )
     tiny.write_model(tmp_path / "plain", tiny.TinySize(vocab=600, layers=1))
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
@@ -600,7 +600,7 @@ def test_unknown_tool_is_refused_with_the_names(capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["--heads", "0"], ["--heads", "a"], ["--policy", "dsa"], ["--statistics", "median"], ["--llm", "[]"]]
+    "words", [["--heads", "0"], ["--heads", "a"], ["--policy", "dsa"], ["--statistics", "median"], ["--engine-options", "[]"]]
 )
 def test_bad_words(words, capsys):
     with pytest.raises(SystemExit) as stop:

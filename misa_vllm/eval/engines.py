@@ -47,37 +47,47 @@ def numbers(text: str) -> list[int]:
     return [int(word) for word in comma_list(text)]
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+ENGINE_ARGUMENTS = {
+    "dtype": str,
+    "max_model_len": at_least(1),
+    "max_num_batched_tokens": at_least(1),
+    "tensor_parallel_size": at_least(1),
+    "gpu_memory_utilization": float,
+    "tokenizer_mode": str,
+    "kv_cache_dtype": str,
+}
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser, left_out: tuple[str, ...] = (), **defaults: object) -> None:
+    """Options of the engine as `vllm serve` names them, without those left out."""
     group = parser.add_argument_group("engine")
-    text = 'the backend\'s options besides the policy, e.g. \'{"active_heads": 8, "pool_block": 128}\''
-    group.add_argument("--options", type=json_object, default={}, metavar="JSON", help=text)
-    for name, kind in (
-        ("--dtype", str),
-        ("--max-model-len", at_least(1)),
-        ("--tensor-parallel-size", at_least(1)),
-        ("--gpu-memory-utilization", float),
-        ("--tokenizer-mode", str),
-        ("--kv-cache-dtype", str),
-    ):
-        group.add_argument(name, type=kind, help="as of vllm serve")
+    for name, kind in ENGINE_ARGUMENTS.items():
+        if name not in left_out:
+            default = defaults.get(name)
+            text = "as of vllm serve" + (f"; default {default} here" if default is not None else "")
+            group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text)
     text = "more arguments of vLLM's LLM, e.g. '{\"max_num_seqs\": 16}'"
     group.add_argument("--engine-options", type=json_object, default={}, metavar="JSON", help=text)
 
 
-NAMED_ARGUMENTS = (
-    "dtype", "max_model_len", "tensor_parallel_size", "gpu_memory_utilization", "tokenizer_mode", "kv_cache_dtype",
-)  # fmt: skip
+def engine_arguments(args: argparse.Namespace) -> dict:
+    """What the user says of the engine, as arguments of vLLM's `LLM`."""
+    given = {name: getattr(args, name, None) for name in ENGINE_ARGUMENTS}
+    return {name: value for name, value in given.items() if value is not None} | args.engine_options
+
+
+def add_backend_options(parser: argparse.ArgumentParser) -> None:
+    text = 'the backend\'s options besides the policy, e.g. \'{"active_heads": 8, "pool_block": 128}\''
+    parser.add_argument("--options", type=json_object, default={}, metavar="JSON", help=text)
 
 
 def llm_arguments(args: argparse.Namespace, policy: str) -> dict:
     """The arguments of vLLM's `LLM` under a policy."""
-    given = {name: getattr(args, name) for name in NAMED_ARGUMENTS}
     return {
         "model": args.model,
         "attention_backend": "misa",
         "additional_config": {"misa": {**args.options, "policy": policy}},
-        **{name: value for name, value in given.items() if value is not None},
-        **args.engine_options,
+        **engine_arguments(args),
     }
 
 

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "ask in the model's chat template, but for the few-shot and code tasks, as LongBench does"
     parser.add_argument("--chat", action="store_true", help=text)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write longbench.json and longbench.txt there")
+    engines.add_backend_options(parser)
     engines.add_engine_arguments(parser)
 
 

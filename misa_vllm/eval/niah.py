@@ -92,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=count, help=text)
     parser.add_argument("--concurrency", type=count, default=8, help="prompts at a time (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write niah.json and a heat map per policy there")
+    engines.add_backend_options(parser)
     engines.add_engine_arguments(parser)
 
 

@@ -17,13 +17,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from misa_vllm.bench.report import aligned_table, at_least, one_line, plain, write_text
-from misa_vllm.bench.serve_shapes import json_object
 from misa_vllm.config import resolve_settings
+from misa_vllm.eval.engines import add_engine_arguments, engine_arguments
 from misa_vllm.eval.probe import Variant
 from misa_vllm.eval.report import EvalError, described, environment, require_folder
 from misa_vllm.eval.statistics import SERVED, STATISTICS
@@ -57,26 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=whole, default=256, help="queries per text and context; default 256")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled positions; default 0")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write recall.json and recall.png there")
-    engine = parser.add_argument_group("engine")
-    for name, kind in (
-        ("--tensor-parallel-size", whole),
-        ("--max-num-batched-tokens", whole),
-        ("--dtype", str),
-        ("--tokenizer-mode", str),
-        ("--kv-cache-dtype", str),
-    ):
-        engine.add_argument(name, type=kind, help="as of vllm serve")
-    engine.add_argument(
-        "--gpu-memory-utilization", type=float, default=0.8, help="default 0.8: the comparison needs memory of its own"
-    )
-    text = "any other argument of vLLM's LLM, e.g. '{\"quantization\": \"fp8\"}'"
-    engine.add_argument("--llm", type=json_object, default={}, metavar="JSON", help=text)
-
-
-NAMED_ARGUMENTS = (
-    "tensor_parallel_size", "max_num_batched_tokens", "dtype", "tokenizer_mode", "kv_cache_dtype",
-    "gpu_memory_utilization",
-)  # fmt: skip
+    # the comparison needs memory of its own
+    add_engine_arguments(parser, left_out=("max_model_len",), gpu_memory_utilization=0.8)
 
 
 def numbers(text: str) -> list[int]:
@@ -151,12 +132,6 @@ def read_text(file: Path) -> str:
     return text
 
 
-def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the user says of the engine, as arguments of vLLM's `LLM`."""
-    given = {name: getattr(args, name) for name in NAMED_ARGUMENTS}
-    return {name: value for name, value in given.items() if value is not None} | args.llm
-
-
 def open_checkpoint(args: argparse.Namespace):
     """The model's config and tokenizer; raises EvalError or MISAConfigError on what cannot be measured."""
     from misa_vllm.seam import version_problem
@@ -165,7 +140,7 @@ def open_checkpoint(args: argparse.Namespace):
     if problem := version_problem():
         raise EvalError(problem)
     try:
-        checkpoint = read_checkpoint(args.model, **engine_options(args))
+        checkpoint = read_checkpoint(args.model, **engine_arguments(args))
     except Exception as error:  # vLLM, transformers and pydantic raise of many kinds
         raise EvalError(f"{args.model} cannot be opened: {reason(error)}") from None
     config = checkpoint.hf_config
@@ -283,7 +258,7 @@ def start_engine(args: argparse.Namespace):
         "enforce_eager": True,
         # every query is to be computed, whatever an earlier prompt left in the cache
         "enable_prefix_caching": False,
-        **engine_options(args),
+        **engine_arguments(args),
     }
     if current_platform.is_cuda():
         # no attention but the one that the probe can see
