@@ -76,8 +76,8 @@ def test_digits_are_single_tokens_and_names_are_short(text):
 
 
 def test_page_text_leaves_menus_out():
-    page = "<head><title>T</title></head><nav>Menu</nav><h1>Head</h1><p>One\n  two&amp;<b>three</b></p><pre>a\n  b</pre>"
-    assert corpus.clean(corpus.page_text(page)) == "Head\n\nOne two&three\n\na\n b\n".replace("\n b", "\n  b")
+    page = "<head><title>T</title></head><nav>Menu</nav><h1>Head</h1><p>One\n  two&amp;<b>3</b></p><pre>a\n  b</pre>"
+    assert corpus.clean(corpus.page_text(page)) == "Head\n\nOne two&3\n\na\n b\n".replace("\n b", "\n  b")
 
 
 def test_repeated_paragraphs_go():
@@ -127,7 +127,8 @@ def test_every_answer_can_be_read_further_up(text):
 
 def test_needles_use_the_words_of_the_evaluation(text):
     for number in range(40):
-        sample = tasks.make_sample(text, Mix(inserted=0.8, plain=0, chat=0, kinds=(0, 1, 0, 0, 0, 0, 0)), 256, f"n{number}")
+        mix = Mix(inserted=0.8, plain=0, chat=0, kinds=(0, 1, 0, 0, 0, 0, 0))
+        sample = tasks.make_sample(text, mix, 256, f"n{number}")
         string = text.encoder.decode(sample.tokens)
         places = np.flatnonzero(sample.tasks == NEEDLE)
         code = text.encoder.decode(sample.tokens[places[:7]]).strip()
@@ -284,7 +285,7 @@ def test_the_indexer_learns_from_its_own_loss_alone(full_kl):
 
 @pytest.mark.parametrize("cast", [False, True])
 def test_a_context_is_attended_to_and_not_trained(cast):
-    """With topk over everything, tokens behind a context come out as in a whole sequence, and train the same weights."""
+    """With topk over everything, tokens behind a context come out as in a whole sequence, and train every weight."""
     torch.manual_seed(2)
     model = DsaModel(replace(SIZE, topk=47))
     with torch.no_grad():

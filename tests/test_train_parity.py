@@ -72,7 +72,8 @@ def served(folder, prompt):
         SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
         use_tqdm=False,
     )[0]
-    found = [entry[token].logprob for token, entry in zip(prompt.tolist(), output.prompt_logprobs, strict=True) if entry]
+    pairs = zip(prompt.tolist(), output.prompt_logprobs, strict=True)
+    found = [entry[token].logprob for token, entry in pairs if entry]
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()

@@ -126,8 +126,11 @@ def choose(device: torch.device, heads: int, index_heads: int, head_dim: int, in
             worst = max(worst, ((a.float() - b.float()).abs().max() / b.float().abs().max()).item())
         return worst
 
+    def masked_is_right() -> float:
+        return compared(lambda: masked_attention(q, k, v, mask), mask)
+
     for _masked_by in (FUSED, PLAIN):
-        if _tried(f"masked attention {_masked_by}", lambda: compared(lambda: masked_attention(q, k, v, mask), mask), lines):
+        if _tried(f"masked attention {_masked_by}", masked_is_right, lines):
             break
     else:
         raise RuntimeError("no code for masked attention works here: " + "; ".join(lines))
@@ -145,7 +148,8 @@ def _tried(name: str, measure, lines: list[str]) -> bool:
     try:
         error = measure()
     except Exception as failure:  # noqa: BLE001 - whatever a kernel's compiler or launch raises, the next is tried
-        lines.append(f"{name}: FAILED, {type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}")
+        said = str(failure).splitlines() or [""]
+        lines.append(f"{name}: FAILED, {type(failure).__name__}: {said[0]}")
         return False
     good = error < BF16_TOLERANCE
     lines.append(f"{name}: {'used' if good else 'WRONG'}, relative error {error:.1e}")

@@ -8,8 +8,8 @@ Memory at the default size (4 layers, hidden 256, 8 heads) with bf16 autocast: a
 its backward pass (q, k, v padded and the attention's output at 2 KB each, the latents, norms and MLP the rest), so
 131072 tokens of dense training keep 7 GB, and sparse training 1 GB more, the selected tokens. Freed as soon as used:
 `LOSS_CHUNK` tokens' logits in float32, 0.3 GB, three times over; `MASKED_PAIRS` of a mask in bf16, 0.3 GB;
-`kernels.scored_at_once` pairs of scores and their top-k, 1 GB each; `KL_PAIRS` of every head's products, 0.5 GB in bf16,
-1 GB in float32, three times over; `QUERIES_AT_ONCE` index queries with their FP8 images, 0.3 GB.
+`kernels.scored_at_once` pairs of scores and their top-k, 1 GB each; `KL_PAIRS` of every head's products, 0.5 GB in
+bf16, 1 GB in float32, three times over; `QUERIES_AT_ONCE` index queries with their FP8 images, 0.3 GB.
 
 Sources: DeepSeek-V3.2 report, section 2 (DSA, eq. 1-4); MLA, DeepSeek-V2 report, section 2.1.
 """
@@ -121,7 +121,10 @@ class Indexer(nn.Module):
         return _Fp8.apply(self._rotated(k.unsqueeze(-2), rope).squeeze(-2))
 
     def queries(self, hidden: torch.Tensor, latent: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index queries [..., H, D], dequantised FP8, and gates [..., H] float32; `latent` is the normed query latent."""
+        """Index queries [..., H, D], dequantised FP8, and gates [..., H] float32.
+
+        hidden [..., hidden] is the attention's normed input, latent [..., q_lora_rank] its normed query latent.
+        """
         size, dtype = self.size, product_dtype(hidden.device)
         # not by autocast: what it casts without a gradient it would hand on to where one is wanted
         with torch.autocast(hidden.device.type, enabled=False):
@@ -293,7 +296,9 @@ class DsaModel(nn.Module):
             per_head[head].zero_()
             per_head[head, size.nope_head_dim :, 0] = turned.flatten()
             columns = slice(head * size.v_head_dim, (head + 1) * size.v_head_dim)
-            nn.init.normal_(attention.o_proj.weight[:, columns], std=EMBEDDING_STD * (size.hidden * size.v_head_dim) ** -0.5)
+            # what such a head adds is then of an embedding's size
+            spread = EMBEDDING_STD * (size.hidden * size.v_head_dim) ** -0.5
+            nn.init.normal_(attention.o_proj.weight[:, columns], std=spread)
 
     def indexer_parameters(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if ".indexer." in name]

@@ -71,10 +71,10 @@ LONG = Mix(inserted=0.35, plain=0.1, most_pairs=256, answer_weight=6.0)
 def full_plan() -> Plan:
     """The project's model, for one H100 or H200.
 
-    Shares are of about a quarter of an hour. Expected per step there: 25 ms at 256 tokens, 40 ms at 4096, 180 ms at
-    32768, 1.4 s at 131072 dense; 0.4 s sparse at 8192, 1 s at 32768, 1.4 s at 131072, of which the last two train the ends of their
-    sequences only. Beyond 8192 tokens the indexer learns from the attention over all tokens also in the sparse stages:
-    from the selected ones alone it could not learn of one it misses.
+    Shares are of about a quarter of an hour. Estimated per step, from operations and bytes: 25 ms at 256 tokens, 40 ms
+    at 4096, 180 ms at 32768, 1.4 s at 131072 dense; 0.4 s sparse at 8192, 1 s at 32768, 1.4 s at 131072, of which the
+    last two train the ends of their sequences only. Beyond 8192 tokens the indexer learns from the attention over all
+    tokens also in the sparse stages: from the selected ones alone it could not learn of one it misses.
     """
     return Plan(
         ModelSize(),

@@ -346,7 +346,8 @@ class _Loop:
                 depths = needle_accuracy(model, self.held_out, length, mode, *asked)
                 record[f"needle/{mode}/{length}"] = {str(depth): share for depth, share in depths.items()}
                 mean = sum(depths.values()) / len(depths)
-                self.log(f"   needles {mode:6} {length:6}: {mean:.3f}  " + " ".join(f"{s:.2f}" for s in depths.values()))
+                shown = " ".join(f"{share:.2f}" for share in depths.values())
+                self.log(f"   needles {mode:6} {length:6}: {mean:.3f}  {shown}")
             length = min(stage.length, 4096)
             record[f"perplexity/{mode}/{length}"] = value = perplexity(
                 model, self.held_out.tokens, length, max(4, 65536 // length), mode

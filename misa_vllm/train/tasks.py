@@ -135,6 +135,10 @@ ATTRIBUTES = (
 )  # fmt: skip
 
 
+# how lists of keys and values are written: before a key, between it and its value, behind that
+LISTS = (("", ": ", "\n"), ('"', '": "', '",\n'), ("", " = ", "\n"), ("", "\t", "\n"))
+
+
 def draw_name(rng: random.Random, corpus: Corpus, like: str | None) -> str:
     """A name of one to three words; with `like`, one that shares a word with it, so that half a match misleads."""
     if like and rng.random() < 0.4:
@@ -189,17 +193,21 @@ class Writer:
 
     def lookup(self, rng: random.Random, entries: int) -> tuple[list[Piece], Piece]:
         """A list of keys with values, and a question about one of them."""
-        before, between, after = rng.choice((("", ": ", "\n"), ('"', '": "', '",\n'), ("", " = ", "\n"), ("", "\t", "\n")))
+        before, between, after = rng.choice(LISTS)
         fact = Piece.empty().add(self.encode("\n"), PROMPT_WEIGHT)
-        pairs = [(draw_name(rng, self.corpus, None).replace(" ", "_"), draw_value(rng, self.corpus)) for _ in range(entries)]
+        pairs = [
+            (draw_name(rng, self.corpus, None).replace(" ", "_"), draw_value(rng, self.corpus)) for _ in range(entries)
+        ]
         for key, value in pairs:
             fact.add(self.encode(before), PROMPT_WEIGHT).add(self.encode(key), HIDDEN_WEIGHT)
             fact.add(self.encode(between), PROMPT_WEIGHT).add(self.encode(value), HIDDEN_WEIGHT)
             fact.add(self.encode(after), PROMPT_WEIGHT)
         key, value = rng.choice(pairs)
         question = rng.choice((
-            f"Question: What is the value of {key}?\nAnswer:", f"Look up {key}.\nValue:", f"Find {before}{key}{between}",
-        ))  # fmt: skip
+            f"Question: What is the value of {key}?\nAnswer:",
+            f"Look up {key}.\nValue:",
+            f"Find {before}{key}{between}",
+        ))
         value = f" {value}" if question.endswith(":") else value
         asked = Piece.empty().add(self.encode("\n\n" + question), PROMPT_WEIGHT)
         asked.add(self.encode(value), self.answer_weight, LOOKUP).add(self.encode("\n"), WEIGHT_UNIT)
