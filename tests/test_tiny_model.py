@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 
 from misa_vllm.models import tiny
+from misa_vllm.models.folder import ARCHITECTURES
 from misa_vllm.models.tiny import SMALLEST_VOCABULARY, TRAINING_TEXT, TinySize
 
 SMALL = TinySize(layers=2, hidden=64, intermediate=64, heads=2, q_lora_rank=32, kv_lora_rank=64, vocab=512)
 
 
-@pytest.fixture(scope="module", params=tuple(tiny.ARCHITECTURES))
+@pytest.fixture(scope="module", params=tuple(ARCHITECTURES))
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     tiny.write_model(path, replace(SMALL, architecture=request.param))
@@ -24,7 +25,7 @@ def test_vllm_reads_the_config(folder):
 
     model = ModelConfig(model=str(folder), tokenizer_mode="hf")
     written = json.loads((folder / "config.json").read_text())
-    family = next(a for a in tiny.ARCHITECTURES.values() if a.name == written["architectures"][0])
+    family = next(a for a in ARCHITECTURES.values() if a.name == written["architectures"][0])
     assert model.architectures == [family.name]
     assert model.use_mla
     assert model.max_model_len == SMALL.max_position

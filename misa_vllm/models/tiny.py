@@ -7,7 +7,6 @@ checkpoint, the tokenizer is trained on the text the package ships, the indexer 
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -16,16 +15,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from misa_vllm.models.folder import ARCHITECTURES, SIZES, SPECIAL_TOKENS, model_config, write_documents
+
 TRAINING_TEXT = Path(__file__).resolve().parent.parent / "data" / "us_constitution.txt"
-UNKNOWN, BOS, EOS = "<|unknown|>", "<|begin|>", "<|end|>"
-ROLES = ("system", "user", "assistant")
-SPECIAL_TOKENS = [UNKNOWN, BOS, EOS, *(f"<|{role}|>" for role in ROLES)]
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte, so that any text has tokens
 
 # Spread of the gates' sizes over the heads (standard deviation of their logarithm): trained indexers use their
@@ -38,22 +30,6 @@ KEY_MEAN_STD = 1.0
 LOGIT_STD = 3.0
 # Attention logits of random weights are nearly equal; this much larger queries let it look at single tokens.
 QUERY_GAIN = 3.0
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What tells the two model families apart, as vLLM reads their config.json."""
-
-    name: str
-    model_type: str
-    index_heads: int
-    interleaved_indexer_rope: bool
-
-
-ARCHITECTURES = {
-    "deepseek": Architecture("DeepseekV32ForCausalLM", "deepseek_v32", 64, False),
-    "glm": Architecture("GlmMoeDsaForCausalLM", "glm_moe_dsa", 32, True),
-}
 
 
 @dataclass(frozen=True)
@@ -125,51 +101,12 @@ def build_tokenizer(vocab: int, text: str):
     return tokenizer
 
 
-def model_config(size: TinySize, vocab: int) -> dict:
-    """The contents of config.json. All layers are dense: the experts play no part in sparse attention."""
-    family = ARCHITECTURES[size.architecture]
-    config = {
-        "architectures": [family.name],
-        "model_type": family.model_type,
-        "random_weights": True,
-        "dtype": "bfloat16",
-        "vocab_size": vocab,
-        "bos_token_id": SPECIAL_TOKENS.index(BOS),
-        "eos_token_id": SPECIAL_TOKENS.index(EOS),
-        "hidden_size": size.hidden,
-        "intermediate_size": size.intermediate,
-        "num_hidden_layers": size.layers,
-        "num_nextn_predict_layers": size.mtp_layers,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.heads,
-        "q_lora_rank": size.q_lora_rank,
-        "kv_lora_rank": size.kv_lora_rank,
-        "qk_nope_head_dim": size.nope_head_dim,
-        "qk_rope_head_dim": size.rope_head_dim,
-        "v_head_dim": size.v_head_dim,
-        "index_n_heads": size.index_heads_resolved,
-        "index_head_dim": size.index_head_dim,
-        "index_topk": size.topk,
-        "first_k_dense_replace": size.layers + size.mtp_layers,
-        "n_routed_experts": 1,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": size.intermediate,
-        "moe_layer_freq": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 1.0,
-        "norm_topk_prob": True,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": size.max_position,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    }
-    if family.interleaved_indexer_rope:
-        config["indexer_rope_interleave"] = True
-    return config
+def config_of(size: TinySize, vocab: int) -> dict:
+    """The contents of config.json."""
+    sizes = {name: value for name, value in asdict(size).items() if name in SIZES}
+    sizes["index_heads"] = size.index_heads_resolved
+    config = model_config(ARCHITECTURES[size.architecture], vocab, size.mtp_layers, **sizes)
+    return config | {"random_weights": True}
 
 
 def weights(size: TinySize, vocab: int) -> Iterator[tuple]:
@@ -254,25 +191,7 @@ def write_model(folder: Path, size: TinySize) -> dict:
     tokenizer.save(str(folder / "tokenizer.json"))
     tensors = dict(weights(size, vocab))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    documents = {
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "unk_token": UNKNOWN,
-            "model_max_length": size.max_position,
-            "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
-        },
-        "generation_config.json": {
-            "bos_token_id": SPECIAL_TOKENS.index(BOS),
-            "eos_token_id": SPECIAL_TOKENS.index(EOS),
-        },
-        # config.json last: it is what makes the folder a model, so an interrupted run leaves none
-        "config.json": model_config(size, vocab),
-    }
-    for name, content in documents.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_documents(folder, config_of(size, vocab))
     return {
         "vocabulary": vocab,
         "parameters": sum(tensor.numel() for tensor in tensors.values()),

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from misa_vllm.models.tiny import BOS, CHAT_TEMPLATE, EOS, SPECIAL_TOKENS, UNKNOWN
+from misa_vllm.models.folder import ARCHITECTURES, SIZES, model_config, write_documents
 
 if TYPE_CHECKING:
     import torch
@@ -26,47 +26,12 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 INT8_MAX = 127
 
 
-def model_config(size: dict) -> dict:
-    """The contents of config.json for `misa_vllm.train.model.ModelSize.as_dict()`. All layers are dense."""
-    return {
-        "architectures": ["DeepseekV32ForCausalLM"],
-        "model_type": "deepseek_v32",
-        "dtype": "bfloat16",
-        "vocab_size": size["vocab"],
-        "bos_token_id": SPECIAL_TOKENS.index(BOS),
-        "eos_token_id": SPECIAL_TOKENS.index(EOS),
-        "hidden_size": size["hidden"],
-        "intermediate_size": size["intermediate"],
-        "num_hidden_layers": size["layers"],
-        "num_nextn_predict_layers": 0,
-        "num_attention_heads": size["heads"],
-        "num_key_value_heads": size["heads"],
-        "q_lora_rank": size["q_lora_rank"],
-        "kv_lora_rank": size["kv_lora_rank"],
-        "qk_nope_head_dim": size["nope_head_dim"],
-        "qk_rope_head_dim": size["rope_head_dim"],
-        "v_head_dim": size["v_head_dim"],
-        "index_n_heads": size["index_heads"],
-        "index_head_dim": size["index_head_dim"],
-        "index_topk": size["topk"],
-        "first_k_dense_replace": size["layers"],
-        "n_routed_experts": 1,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": size["intermediate"],
-        "moe_layer_freq": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 1.0,
-        "norm_topk_prob": True,
-        "hidden_act": "silu",
-        "rms_norm_eps": size["eps"],
-        "attention_bias": False,
-        # vLLM's model builds an output matrix of its own in any case
-        "tie_word_embeddings": False,
-        "max_position_embeddings": size["max_position"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": size["rope_theta"]},
-    }
+def config_of(size: dict) -> dict:
+    """The contents of config.json for `misa_vllm.train.size.ModelSize.as_dict()`."""
+    sizes = {name: value for name, value in size.items() if name in SIZES}
+    return model_config(
+        ARCHITECTURES["deepseek"], size["vocab"], rope_theta=size["rope_theta"], eps=size["eps"], **sizes
+    )
 
 
 def quantize_rows(weight: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
@@ -122,25 +87,7 @@ def write_model(folder: Path, tensors: dict[str, "torch.Tensor"], size: dict, to
     written[OUTPUT] = written[EMBEDDING].clone()
     save_file({n: t.contiguous() for n, t in written.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(tokenizer, folder / TOKENIZER)
-    documents = {
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "unk_token": UNKNOWN,
-            "model_max_length": size["max_position"],
-            "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
-        },
-        "generation_config.json": {
-            "bos_token_id": SPECIAL_TOKENS.index(BOS),
-            "eos_token_id": SPECIAL_TOKENS.index(EOS),
-        },
-        # config.json last: it is what makes the folder a model, so an interrupted run leaves none
-        "config.json": model_config(size) | {"dtype": str(dtype).removeprefix("torch.")},
-    }
-    for name, content in documents.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_documents(folder, config_of(size) | {"dtype": str(dtype).removeprefix("torch.")})
     return {
         "parameters": parameters,
         "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),

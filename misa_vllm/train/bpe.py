@@ -8,7 +8,7 @@ import functools
 import json
 from pathlib import Path
 
-from misa_vllm.models.tiny import BOS, EOS, SPECIAL_TOKENS
+from misa_vllm.models.folder import BOS, EOS, SPECIAL_TOKENS
 
 END = EOS
 __all__ = ["BOS", "END", "PATTERN", "SPECIAL_TOKENS", "Encoder"]
