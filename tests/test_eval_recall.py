@@ -1,7 +1,6 @@
 """`misa-eval recall`: its figures against an independent computation from what an engine computed, and its messages."""
 
 import gc
-import importlib.util
 import json
 import re
 from argparse import Namespace
@@ -18,6 +17,7 @@ from misa_vllm import metrics, reference
 from misa_vllm.config import IndexerSettings
 from misa_vllm.eval import cli, probe, recall
 from misa_vllm.eval.probe import Variant
+from misa_vllm.eval.report import can_draw
 from misa_vllm.eval.statistics import STATISTICS
 from misa_vllm.index_cache import PAGE_TOKENS
 from misa_vllm.indexer import Indexer
@@ -272,7 +272,7 @@ def test_command_writes_what_it_says(engine, model, tmp_path, monkeypatch, capsy
             assert 0 <= row["recall_p5"] <= row["recall_mean"] <= 1
             assert row["worst_layer_recall"] == min(one["recall_mean"] for one in row["per_layer"])
             assert row["mass_ratio"] == pytest.approx(row["mass"] / part["dsa_mass"])
-    if importlib.util.find_spec("matplotlib"):
+    if can_draw("recall.png"):
         assert (tmp_path / "out" / "recall.png").read_bytes().startswith(b"\x89PNG")
     else:
         assert not (tmp_path / "out" / "recall.png").exists()

@@ -27,7 +27,7 @@ from misa_vllm.demo import DOCUMENT, DemoError, read_counters
 from misa_vllm.eval import engines
 from misa_vllm.eval.haystack import Haystack, Prompt, PromptBuilder
 from misa_vllm.eval.needles import Needle, draw_needle
-from misa_vllm.eval.report import EvalError, described, environment, require_folder
+from misa_vllm.eval.report import EvalError, can_draw, described, environment, require_folder
 
 SHORTEST, LONGEST = 1024, 131072
 DEPTHS = list(range(0, 101, 10))
@@ -101,8 +101,6 @@ def run(args: argparse.Namespace) -> int:
 
     check_arguments(args)
     require_folder(args.output)
-    if args.output is not None:
-        require_matplotlib()
     documents = read_documents(args.text)
     config = engines.model_config(args.model)
     if args.url is None:
@@ -181,13 +179,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     given = [args.needle_text, args.question, args.answer]
     if any(part is not None for part in given) and not all(given):
         raise EvalError("--needle-text, --question and --answer belong together: give all three, none of them empty")
-
-
-def require_matplotlib() -> None:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise EvalError('heat maps need matplotlib: pip install "misa_vllm[bench]" or leave out --output') from None
 
 
 def read_documents(files: Iterable[Path]) -> list[str]:
@@ -464,12 +455,13 @@ def headline(result: dict) -> str:
 
 
 def write_results(result: dict, folder: Path) -> None:
-    """niah.json and one niah-POLICY.png for each policy, each whole or not at all."""
-    text = json.dumps(result, indent=1) + "\n"
+    """niah.json, and where matplotlib is one niah-POLICY.png for each policy; each whole or not at all."""
+    report.write_text(folder / "niah.json", json.dumps(result, indent=1) + "\n")
+    if not can_draw("heat maps"):
+        return
     for policy in dict.fromkeys(cell["policy"] for cell in result["cells"]):
         with report.replacing(folder / f"niah-{policy}.png") as file:
             draw_heat_map(result, policy, file)
-    report.write_text(folder / "niah.json", text)
 
 
 def draw_heat_map(result: dict, policy: str, file: Path) -> None:

@@ -9,7 +9,6 @@ and the token that the model adds.
 """
 
 import argparse
-import importlib.util
 import json
 import random
 import sys
@@ -24,7 +23,7 @@ from misa_vllm.bench.report import aligned_table, at_least, one_line, plain, wri
 from misa_vllm.config import resolve_settings
 from misa_vllm.eval.engines import add_engine_arguments, engine_arguments
 from misa_vllm.eval.probe import Variant
-from misa_vllm.eval.report import EvalError, described, environment, require_folder
+from misa_vllm.eval.report import EvalError, can_draw, described, environment, require_folder
 from misa_vllm.eval.statistics import SERVED, STATISTICS
 from misa_vllm.policies import POLICIES
 from misa_vllm.policies.hisa import BLOCK as HISA_BLOCK
@@ -543,8 +542,7 @@ def write(result: dict, folder: Path) -> None:
     file = folder / "recall.json"
     write_text(file, json.dumps(result, indent=1) + "\n")
     print(f"wrote {file}", file=sys.stderr)
-    if importlib.util.find_spec("matplotlib") is None:
-        print('recall.png was not drawn: pip install "misa_vllm[bench]"', file=sys.stderr)
+    if not can_draw("recall.png"):
         return
     from misa_vllm.eval.plot import plot_recall
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -58,3 +59,13 @@ def require_folder(folder: Path | None) -> None:
 def described(file: Path) -> dict[str, str]:
     """Names a file that figures depend on, wherever it lies."""
     return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def can_draw(figures: str) -> bool:
+    """Whether matplotlib is here; says in one line that `figures` are not drawn if it is not."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        print(f'{figures} not drawn: pip install "misa_vllm[bench]"', file=sys.stderr)
+        return False
+    return True
