@@ -427,7 +427,10 @@ def test_training_learns_and_writes_curves(data, tmp_path, monkeypatch):
 
 def test_curves_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    steps = [{"progress": i / 3, "text": 9.0 - i, "task": 5.0 - i, "kl": 0.1 * i, "stage": "dense-128"} for i in range(3)]
+    steps = [
+        {"progress": i / 3, "text": 9.0 - i, "text_right": 0.1 * i, "kl": 0.1 * i, "stage": f"stage {i}"}
+        for i in range(3)
+    ]
     plot.draw(steps, [], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
