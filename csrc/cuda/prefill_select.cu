@@ -437,8 +437,7 @@ void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap
              stream, kOverlaps, page_map, p);
       launch_final(p, stream);
     } else {
-      undecided_kernel<<<p.num_rows, kFinalThreads, 0, stream>>>(p);
-      check_cuda(cudaGetLastError(), "prefill selection");
+      launch_simple("prefill selection", undecided_kernel, dim3(p.num_rows), kFinalThreads, stream, p);
     }
     p.splits = best_splits(ceil_div(p.dense_rows, kTileRows), p.dense_stride / kPageTokens, multiprocessors);
     launch(repair_kernel<kHeads>, multiprocessors, kThreads, kShared, stream, kTogether, page_map, p);

@@ -43,18 +43,6 @@ struct RerankArguments {
   int64_t out_stride;
 };
 
-__device__ __forceinline__ void copy_or_zero_16(void* destination, const void* source, bool copies) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(ptx::smem_address(destination)), "l"(source),
-               "r"(copies ? 16 : 0)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_or_zero_4(void* destination, const void* source, bool copies) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(ptx::smem_address(destination)), "l"(source),
-               "r"(copies ? 4 : 0)
-               : "memory");
-}
-
 template <int kHeads, bool kCluster>
 __global__ void __launch_bounds__(kThreads) rerank_kernel(const __grid_constant__ RerankArguments args) {
   using Layout = HeadLayout<kHeads>;
@@ -114,12 +102,12 @@ __global__ void __launch_bounds__(kThreads) rerank_kernel(const __grid_constant_
         const uint32_t cell = tile_cells[key];
         const bool exists = cell != kNoCell;
         const uint8_t* source = args.cache.page(exists ? cell / kPageTokens : 0) + cell % kPageTokens * kHeadDim;
-        copy_or_zero_16(keys + key * kHeadDim + (chunk ^ (key & 7)) * 16, source + chunk * 16, exists);
+        ptx::cp_async_or_zero<16>(keys + key * kHeadDim + (chunk ^ (key & 7)) * 16, source + chunk * 16, exists);
       }
       if (thread < kTileKeys) {
         const uint32_t cell = tile_cells[thread];
         const bool exists = cell != kNoCell;
-        copy_or_zero_4(
+        ptx::cp_async_or_zero<4>(
             my_scale_tiles + turn % kStages * kScaleTileBytes + thread * 4,
             args.cache.page(exists ? cell / kPageTokens : 0) + kScalesOffset + cell % kPageTokens * 4, exists);
       }
