@@ -386,6 +386,8 @@ __global__ void __launch_bounds__(kThreads, 2) route_direct_kernel(const __grid_
   __shared__ float scores[kMaxHeads];
   constexpr int kHeads = 16 * kFragments;
 
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();  // all that ran before this kernel is complete: the next one may rely on it
   auto cluster = cg::this_cluster();
   const int ranks = static_cast<int>(cluster.num_blocks()), rank = static_cast<int>(cluster.block_rank());
   const int row = blockIdx.x / ranks;
@@ -544,12 +546,14 @@ void launch_direct(const RouteArguments& args, cudaStream_t stream) {
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = ranks;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = ranks;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = ranks > 1 ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, route_direct_kernel<kFragments>, args), "route_heads");
 }
 

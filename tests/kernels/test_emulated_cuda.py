@@ -26,7 +26,7 @@ def decode_select(operators, case, heads, k, visible_from=0, visible_to=NO_BOUND
     rows = case.rows
     operators.decode_select(
         case.q, case.gates, heads, case.index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, k,
-        out, visible_from, visible_to, workspace,
+        out, visible_from, visible_to, workspace, False,
     )  # fmt: skip
     assert (out[:, k:] == UNTOUCHED).all()
     return out[:, :k]
@@ -118,6 +118,45 @@ def test_scores_that_are_alike_or_not_finite(operators, scores, multiprocessors)
             scales[:] = torch.where(scales.isnan(), scales, torch.exp2(exponents.float()))
     case = case.with_gates(gates)
     assert_equals_reference(operators, case, random_heads(case, 8), 2048)
+
+
+@pytest.mark.parametrize("order", ["any", "rising", "falling", "constant", "mostly nan"])
+@pytest.mark.parametrize("rows_each", [1, 2])
+def test_rows_that_do_not_fit_into_one_cta(operators, order, rows_each):
+    """The CTA keeps the best of the keys so far, several times over."""
+    if order in ("falling", "mostly nan") and rows_each == 2:
+        pytest.skip("tested with one row")
+    operators.configure(1, seed=rows_each)
+    case = in_order(make_case([[40_000 - i for i in range(rows_each)], [2100]], 8, seed=8, exact=True))
+    count = case.rows.block_table.shape[1] - 2
+    if order != "any":
+        # scores grow or fall by powers of two with the page, or are all the same
+        step = {"rising": 1, "falling": -1, "constant": 0, "mostly nan": 0}[order]
+        exponents = torch.arange(count) * step * 60 // count
+        scales = scales_view(case.index_cache)
+        pages = case.rows.block_table[0, :count].long()
+        scales[pages] = torch.where(scales[pages].isnan(), torch.nan, torch.exp2(exponents.float()).unsqueeze(1))
+    if order == "constant":
+        case = case.with_gates(torch.zeros_like(case.gates))
+    elif order == "mostly nan":
+        scales_view(case.index_cache)[case.rows.block_table[0, 100:500].long()] = torch.nan
+    assert_equals_reference(operators, case, random_heads(case, 8), 2048 if order != "constant" else 500)
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 12])
+def test_selection_that_starts_before_routing_has_ended(operators, emulated_cuda, multiprocessors):
+    """The same tokens as one after the other, whatever the order of events."""
+    case = in_order(make_case([[20_000], [9000, 9001], [700], [1500], [0]], 32, seed=4, exact=True))
+    heads = emulated_cuda.route_heads(case.q, case.gates, case.index_cache, case.rows, 8, 256)
+    want = torch.full((len(case), 512), UNTOUCHED, dtype=torch.int32)
+    emulated_cuda.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, 512, want, visible_from=513)
+    for seed in range(3):
+        operators.configure(multiprocessors, seed)
+        out = torch.full_like(want, UNTOUCHED)
+        emulated_cuda.route_and_select(
+            case.q, case.gates, case.index_cache, case.rows, 8, 256, 512, out, visible_from=513
+        )
+        assert torch.equal(out, want)
 
 
 @pytest.mark.parametrize("visible_from, visible_to", [(0, 2049), (65, 66), (2050, NO_BOUND)])

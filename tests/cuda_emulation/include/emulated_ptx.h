@@ -35,9 +35,14 @@ inline void cp_async_wait_all() { emulator::thread_copy_wait_all(); }
 inline void cp_async_mbarrier_arrive(uint64_t* barrier) { emulator::thread_copy_arrive(barrier); }
 inline void fence_proxy_async() { emulator::maybe_switch(); }
 
-inline uint32_t load_acquire(const uint32_t* pointer) {
+template <typename T>
+T load_acquire(const T* pointer) {
   emulator::poll("load_acquire");
   return *pointer;
+}
+inline void store_release(uint64_t* pointer, uint64_t value) {
+  emulator::maybe_switch();
+  *pointer = value;
 }
 
 template <int kId, int kThreads>
