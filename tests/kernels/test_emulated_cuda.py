@@ -17,12 +17,14 @@ from .cases import make_case, random_heads
 
 NO_BOUND = 2**31 - 1
 UNTOUCHED = -7
+DEFAULT_VARIANT, COOPERATIVE, SAME_SIGNATURE = 7, 1, 8
 
 
-def decode_select(operators, case, heads, k, visible_from=0, visible_to=NO_BOUND):
+def decode_select(operators, case, heads, k, visible_from=0, visible_to=NO_BOUND, workspace=None):
     """Always the kernel for few rows; its workspace holds anything."""
     out = torch.full((len(case), k + 3), UNTOUCHED, dtype=torch.int32)
-    workspace = torch.full((operators.decode_workspace_bytes(len(case)),), 0xA5, dtype=torch.uint8)
+    if workspace is None:
+        workspace = torch.full((operators.decode_workspace_bytes(len(case)),), 0xA5, dtype=torch.uint8)
     rows = case.rows
     operators.decode_select(
         case.q, case.gates, heads, case.index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, k,
@@ -143,20 +145,43 @@ def test_rows_that_do_not_fit_into_one_cta(operators, order, rows_each):
     assert_equals_reference(operators, case, random_heads(case, 8), 2048 if order != "constant" else 500)
 
 
-@pytest.mark.parametrize("multiprocessors", [2, 12])
-def test_selection_that_starts_before_routing_has_ended(operators, emulated_cuda, multiprocessors):
+def test_a_replayed_launch_finds_the_workspace_of_the_last_one(operators):
+    """A graph replays a launch with the same arguments, other lengths and what the launch before left behind."""
+    case = in_order(make_case([[5000], [3000], [700, 701]], 8, seed=6, exact=True))
+    heads = random_heads(case, 8)
+    operators.configure(9, seed=6)
+    workspace = torch.full((operators.decode_workspace_bytes(len(case)),), 0xA5, dtype=torch.uint8)
+    lengths = case.rows.visible
+    operators.decode_variant(DEFAULT_VARIANT | SAME_SIGNATURE)
+    try:
+        for share in (1.0, 0.3, 0.9, 0.0, 0.6):
+            visible = (lengths * share).int()
+            case.rows = QueryRows(case.rows.block_table, case.rows.request, visible, case.rows.max_visible)
+            want = torch.full((len(case), 200), UNTOUCHED, dtype=torch.int32)
+            reference.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, 200, want)
+            assert torch.equal(decode_select(operators, case, heads, 200, workspace=workspace), want)
+    finally:
+        operators.decode_variant(DEFAULT_VARIANT)
+
+
+@pytest.mark.parametrize("variant", [DEFAULT_VARIANT, DEFAULT_VARIANT & ~COOPERATIVE])
+def test_selection_that_starts_before_routing_has_ended(operators, emulated_cuda, variant):
     """The same tokens as one after the other, whatever the order of events."""
-    case = in_order(make_case([[20_000], [9000, 9001], [700], [1500], [0]], 32, seed=4, exact=True))
+    case = in_order(make_case([[12_000], [5000, 5001], [700], [1500], [0]], 32, seed=4, exact=True))
     heads = emulated_cuda.route_heads(case.q, case.gates, case.index_cache, case.rows, 8, 256)
     want = torch.full((len(case), 512), UNTOUCHED, dtype=torch.int32)
     emulated_cuda.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, 512, want, visible_from=513)
-    for seed in range(3):
-        operators.configure(multiprocessors, seed)
-        out = torch.full_like(want, UNTOUCHED)
-        emulated_cuda.route_and_select(
-            case.q, case.gates, case.index_cache, case.rows, 8, 256, 512, out, visible_from=513
-        )
-        assert torch.equal(out, want)
+    operators.decode_variant(variant)
+    try:
+        for multiprocessors in (2, 7, 20):
+            operators.configure(multiprocessors, seed=multiprocessors)
+            out = torch.full_like(want, UNTOUCHED)
+            emulated_cuda.route_and_select(
+                case.q, case.gates, case.index_cache, case.rows, 8, 256, 512, out, visible_from=513
+            )
+            assert torch.equal(out, want)
+    finally:
+        operators.decode_variant(DEFAULT_VARIANT)
 
 
 @pytest.mark.parametrize("visible_from, visible_to", [(0, 2049), (65, 66), (2050, NO_BOUND)])
