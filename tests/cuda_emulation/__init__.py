@@ -4,6 +4,7 @@
 emulated, and what is not, is said in emulator.h.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -136,11 +137,23 @@ class Operators:
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library), mode=os.RTLD_LOCAL)
         self._library.misa_emulation_launch_count.restype = ctypes.c_int64
+        self._in_stream = False
+        self._held: list[tuple] = []  # arguments of calls that have not run: a caller may have dropped them
         self.configure()
 
     def configure(self, multiprocessors: int = 4, seed: int = 0) -> None:
         """How many multiprocessors the device has, and the order in which things happen."""
         self._library.misa_emulation_configure(ctypes.c_int(multiprocessors), ctypes.c_uint64(seed))
+
+    @contextlib.contextmanager
+    def stream(self):
+        """What is launched inside runs at the end: a kernel may overlap the one before. Until then no result is there."""
+        self._in_stream = True
+        try:
+            yield
+        finally:
+            self._in_stream = False
+        self._finish()
 
     @property
     def launches(self) -> int:
@@ -153,14 +166,25 @@ class Operators:
         return functools.partial(self._call, name)
 
     def _call(self, name: str, *arguments: torch.Tensor | int | None) -> int:
+        self._held.append(arguments)
         values = (_Value * len(arguments))(*map(_value_of, arguments))
         result, message = ctypes.c_int64(), ctypes.create_string_buffer(4000)
         failed = self._library.misa_emulation_call(
             name.encode(), values, len(arguments), ctypes.byref(result), message, len(message)
         )
         if failed:
+            self._held = []
             raise EmulationError(message.value.decode(errors="replace"))
+        if not self._in_stream:
+            self._finish()
         return result.value
+
+    def _finish(self) -> None:
+        message = ctypes.create_string_buffer(4000)
+        failed = self._library.misa_emulation_finish(message, len(message))
+        self._held = []
+        if failed:
+            raise EmulationError(message.value.decode(errors="replace"))
 
 
 def launchers(operators: Operators) -> ModuleType:

@@ -118,6 +118,7 @@ struct Grid {
   unsigned next_cta = 0, ended = 0, let_next_start = 0;
   unsigned count() const { return launch.grid.x * launch.grid.y * launch.grid.z; }
   bool is_complete() const { return ended == count(); }
+  std::vector<Fiber*> waiting;  // for the grid before
   std::vector<std::unique_ptr<Cta>> ctas;
   std::vector<std::unique_ptr<Cluster>> clusters;
 };
@@ -704,7 +705,10 @@ void run() {
   sigaction(SIGSEGV, &action, &previous_action[0]);
   sigaction(SIGBUS, &action, &previous_action[1]);
   const auto stop = [](const std::string& message) {
-    for (auto& grid : active) grid.release();  // its threads are still there
+    for (auto& grid : active) {
+      completed[grid->id] = true;
+      grid.release();  // its threads are still there
+    }
     active.clear();
     launches.clear();
     has_failed = false;
@@ -722,12 +726,16 @@ void run() {
       for (auto& grid : active) {
         start_some(*grid);
         for (auto& cta : grid->ctas) {
-          if (!cta->ended) running.push_back(cta.get());
+          const bool can_run = !cta->started || !cta->ready.empty() || !cta->polling.empty() || !cta->copies.empty();
+          if (!cta->ended && can_run) running.push_back(cta.get());
         }
         if (grid->next_cta < grid->count()) break;
       }
+      if (running.empty()) stop("nothing goes on" + who_waits());
       for (size_t turn = 0; turn < running.size(); ++turn) {
-        Cta* cta = running[random_bits() % running.size()];
+        // often a later one: a kernel that may overlap the one before gets ahead of it
+        const size_t first = one_in(2) ? 0 : running.size() / 2;
+        Cta* cta = running[first + random_bits() % (running.size() - first)];
         if (cta->ended) continue;
         sem_post(&cta->worker->go);
         while (sem_wait(&main_turn) != 0) {
@@ -739,11 +747,13 @@ void run() {
         end_of_turn(*cta);
         idle_turns = progress == last_progress ? idle_turns + 1 : 0;
         last_progress = progress;
+        if (cta->ended || !launches.empty()) turn = running.size();  // others may start
         if (idle_turns > 200 + 20 * static_cast<int64_t>(running.size())) stop("nothing goes on" + who_waits());
       }
       while (!active.empty() && active.front()->is_complete()) {
         completed[active.front()->id] = true;
         active.pop_front();
+        if (!active.empty()) release_all(active.front()->waiting);
       }
     }
   } catch (const std::runtime_error& error) {
@@ -995,7 +1005,10 @@ void* shared_pointer(uint32_t address) { return this_fiber->cta->shared_base + a
 
 void wait_for_previous_kernel() {
   const int64_t previous = this_fiber->cta->grid->id - 1;
-  while (previous >= 0 && !completed[previous]) poll("the previous kernel");
+  while (previous >= 0 && !completed[previous]) {
+    this_fiber->cta->grid->waiting.push_back(this_fiber);
+    block("the previous kernel");
+  }
 }
 
 void let_next_kernel_start() {
@@ -1004,6 +1017,9 @@ void let_next_kernel_start() {
   cta.let_next_start = true;
   ++cta.grid->let_next_start;
   ++progress;
+  cta.ready.push_back(this_fiber);  // the others had better not rely on this kernel's haste
+  cta.wants_switch = true;
+  switch_to_scheduler();
 }
 
 }  // namespace emulator
@@ -1128,6 +1144,40 @@ std::map<std::string, Operator>& operators() {
   return all;
 }
 
+struct Passed {
+  void* original;
+  bool is_written;
+};
+std::vector<Passed> passed;  // in the order of `guarded`
+
+/// Gives the kernels a copy of a tensor; one that several calls of a stream share is copied once.
+void pass(torch::stable::TensorData& tensor, int argument, bool is_written) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor.dim; ++d) {
+    last = tensor.sizes[d] == 0 || last < 0 ? -1 : last + (tensor.sizes[d] - 1) * tensor.strides[d];
+  }
+  const size_t bytes = last < 0 ? 0 : static_cast<size_t>(last + 1) * tensor.item_bytes;
+  size_t i = 0;
+  while (i < passed.size() && (passed[i].original != tensor.data || guarded[i]->bytes != bytes)) ++i;
+  if (i == passed.size()) {
+    guarded.push_back(std::make_unique<GuardedMemory>(tensor.data, bytes, argument));
+    passed.push_back({tensor.data, false});
+  }
+  passed[i].is_written |= is_written;
+  tensor.data = guarded[i]->begin;
+}
+
+int give_up(const std::exception& error, char* message, int message_bytes) {
+  std::strncpy(message, error.what(), static_cast<size_t>(message_bytes) - 1);
+  message[message_bytes - 1] = 0;
+  launches.clear();
+  passed.clear();
+  // threads of a failed launch may still hold pointers into it
+  for (auto& memory : guarded) memory.release();
+  guarded.clear();
+  return -1;
+}
+
 }  // namespace
 
 void Library::def(const char* schema) {
@@ -1154,11 +1204,30 @@ void misa_emulation_configure(int multiprocessors, uint64_t seed) {
 
 int64_t misa_emulation_launch_count() { return emulator::launch_count(); }
 
-/// 0, or -1 with a message.
+/// Runs what the calls since the last one launched. 0, or -1 with a message.
+int misa_emulation_finish(char* message, int message_bytes) {
+  using namespace emulator;
+  const std::vector<Passed> tensors = std::move(passed);
+  passed.clear();
+  try {
+    run();
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const GuardedMemory& memory = *guarded[i];
+      if (memory.bytes == 0 || std::memcmp(tensors[i].original, memory.begin, memory.bytes) == 0) continue;
+      if (!tensors[i].is_written) throw std::runtime_error("argument " + std::to_string(memory.argument) + " was written");
+      std::memcpy(tensors[i].original, memory.begin, memory.bytes);
+    }
+    guarded.clear();
+    return 0;
+  } catch (const std::exception& error) {
+    return give_up(error, message, message_bytes);
+  }
+}
+
+/// Calls an operator; its launches wait for misa_emulation_finish, as those of a stream do. 0, or -1 with a message.
 int misa_emulation_call(
     const char* name, emulator::Value* arguments, int count, int64_t* result, char* message, int message_bytes) {
   using namespace emulator;
-  guarded.clear();
   try {
     const auto found = operators().find(name);
     if (found == operators().end()) throw std::runtime_error(std::string("there is no operator ") + name);
@@ -1166,39 +1235,13 @@ int misa_emulation_call(
     if (operation.is_written.size() != static_cast<size_t>(count)) {
       throw std::runtime_error(std::string(name) + " takes " + std::to_string(operation.is_written.size()) + " arguments");
     }
-    std::vector<std::pair<int, const void*>> originals;
     for (int i = 0; i < count; ++i) {
-      if (arguments[i].kind != 2) continue;
-      auto& tensor = arguments[i].tensor;
-      int64_t last = 0;
-      for (int64_t d = 0; d < tensor.dim; ++d) {
-        last = tensor.sizes[d] == 0 ? -1 : last < 0 ? -1 : last + (tensor.sizes[d] - 1) * tensor.strides[d];
-      }
-      const size_t bytes = last < 0 ? 0 : static_cast<size_t>(last + 1) * tensor.item_bytes;
-      guarded.push_back(std::make_unique<GuardedMemory>(tensor.data, bytes, i));
-      originals.push_back({i, tensor.data});
-      tensor.data = guarded.back()->begin;
+      if (arguments[i].kind == 2) pass(arguments[i].tensor, i, operation.is_written[i]);
     }
     *result = operation.boxed(arguments);
-    run();
-    for (size_t j = 0; j < originals.size(); ++j) {
-      const GuardedMemory& memory = *guarded[j];
-      auto* original = const_cast<void*>(originals[j].second);
-      if (memory.bytes == 0 || std::memcmp(original, memory.begin, memory.bytes) == 0) continue;
-      if (!operation.is_written[originals[j].first]) {
-        throw std::runtime_error("argument " + std::to_string(originals[j].first) + " was written");
-      }
-      std::memcpy(original, memory.begin, memory.bytes);
-    }
     return 0;
   } catch (const std::exception& error) {
-    std::strncpy(message, error.what(), static_cast<size_t>(message_bytes) - 1);
-    message[message_bytes - 1] = 0;
-    launches.clear();
-    // threads of a failed launch may still hold pointers into it
-    for (auto& memory : guarded) memory.release();
-    guarded.clear();
-    return -1;
+    return give_up(error, message, message_bytes);
   }
 }
 

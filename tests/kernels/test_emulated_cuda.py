@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from misa_vllm import reference
-from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_TOKENS, scales_view
+from misa_vllm.index_cache import PAGE_TOKENS, scales_view
 from misa_vllm.rows import QueryRows
 
 from .. import cuda_emulation
@@ -55,8 +55,7 @@ def operators(emulated_cuda):
 LONG_AND_SHORT = [[9000], [64, 65, 66], [0], [1], [2049, 2050], [700], [5000, 5001, 5002, 5003, 5004]]
 
 
-@pytest.mark.parametrize("k", [1, 63, 64, 2048])
-@pytest.mark.parametrize("multiprocessors", [1, 5, 24])
+@pytest.mark.parametrize("multiprocessors, k", [(1, 2048), (5, 64), (24, 1), (24, 63)])
 def test_rows_of_many_lengths(operators, multiprocessors, k):
     operators.configure(multiprocessors, seed=k)
     case = in_order(make_case(LONG_AND_SHORT, 16, seed=k, exact=True))
@@ -71,7 +70,7 @@ def test_any_number_of_heads(operators, active_heads):
     assert_equals_reference(operators, case, heads, 100)
 
 
-@pytest.mark.parametrize("rows_each", [2, 3, 4, 7])
+@pytest.mark.parametrize("rows_each", [2, 4, 7])
 def test_speculative_rows_share_their_keys(operators, rows_each):
     operators.configure(7, seed=rows_each)
     lengths = [4000, 70, 1100]
@@ -94,7 +93,7 @@ def test_a_loose_bound_of_the_lengths(operators, bound):
 @pytest.mark.parametrize("multiprocessors", [1, 9])
 def test_scores_that_are_alike_or_not_finite(operators, scores, multiprocessors):
     operators.configure(multiprocessors, seed=11)
-    case = in_order(make_case([[6000], [5999, 6001], [2100]], 8, seed=5, exact=True))
+    case = in_order(make_case([[3000], [2998, 2999], [2100]], 8, seed=5, exact=True))
     gates = case.gates
     if scores == "constant":
         gates = torch.zeros_like(gates)
@@ -122,14 +121,14 @@ def test_scores_that_are_alike_or_not_finite(operators, scores, multiprocessors)
     assert_equals_reference(operators, case, random_heads(case, 8), 2048)
 
 
-@pytest.mark.parametrize("order", ["any", "rising", "falling", "constant", "mostly nan"])
-@pytest.mark.parametrize("rows_each", [1, 2])
+@pytest.mark.parametrize(
+    "order, rows_each",
+    [("any", 1), ("any", 2), ("rising", 1), ("rising", 2), ("falling", 1), ("constant", 1), ("mostly nan", 1)],
+)
 def test_rows_that_do_not_fit_into_one_cta(operators, order, rows_each):
     """The CTA keeps the best of the keys so far, several times over."""
-    if order in ("falling", "mostly nan") and rows_each == 2:
-        pytest.skip("tested with one row")
     operators.configure(1, seed=rows_each)
-    case = in_order(make_case([[40_000 - i for i in range(rows_each)], [2100]], 8, seed=8, exact=True))
+    case = in_order(make_case([[30_000 - i for i in range(rows_each)], [2100]], 8, seed=8, exact=True))
     count = case.rows.block_table.shape[1] - 2
     if order != "any":
         # scores grow or fall by powers of two with the page, or are all the same
@@ -176,9 +175,10 @@ def test_selection_that_starts_before_routing_has_ended(operators, emulated_cuda
         for multiprocessors in (2, 7, 20):
             operators.configure(multiprocessors, seed=multiprocessors)
             out = torch.full_like(want, UNTOUCHED)
-            emulated_cuda.route_and_select(
-                case.q, case.gates, case.index_cache, case.rows, 8, 256, 512, out, visible_from=513
-            )
+            with operators.stream():
+                emulated_cuda.route_and_select(
+                    case.q, case.gates, case.index_cache, case.rows, 8, 256, 512, out, visible_from=513
+                )
             assert torch.equal(out, want)
     finally:
         operators.decode_variant(DEFAULT_VARIANT)
@@ -192,8 +192,8 @@ def test_only_the_rows_within_bounds(operators, visible_from, visible_to):
 
 
 def test_any_order_of_events_selects_the_same(operators):
-    case = in_order(make_case([[5000, 4999], [700], [3000]], 8, seed=9, exact=True))
-    for seed in range(6):
+    case = in_order(make_case([[3000, 2999], [700], [1500]], 8, seed=9, exact=True))
+    for seed in range(5):
         operators.configure(1 + seed, seed=seed)
         assert_equals_reference(operators, case, random_heads(case, 8), 200)
 
@@ -212,7 +212,6 @@ def test_routing_and_selection_of_a_long_row(operators, emulated_cuda):
     "removed",
     [
         "        ptx::mbarrier_wait(&full[stage], parity);\n",
-        "    wait(part, level);\n",
     ],
 )
 def test_a_missing_barrier_is_noticed(tmp_path, removed):
@@ -246,7 +245,5 @@ def test_memory_that_is_not_the_kernels_is_noticed(operators):
     case = in_order(make_case([[700]], 8, exact=True))
     short = case.rows.block_table[:, : 700 // PAGE_TOKENS].clone()
     case.rows = QueryRows(short, case.rows.request, case.rows.visible, case.rows.max_visible)
-    with pytest.raises(cuda_emulation.EmulationError):
-        for _ in range(3):
-            decode_select(operators, case, None, 64)
-    assert INDEX_HEAD_DIM == case.q.shape[2]
+    with pytest.raises(cuda_emulation.EmulationError, match="not the kernel's|page"):
+        decode_select(operators, case, None, 64)
