@@ -3,8 +3,10 @@
 // Adjacent rows of one request are scored together, as one item. Items are cut into chunks of pages, so that every CTA
 // gets one; only if there are more items than CTAs, CTAs work on several chunks in turn. Pages arrive by the copy
 // engine in a ring of stages that runs on over the ends of chunks, so that keys arrive while the CTA selects. The
-// warpgroups take pages in turn, and the scores stay in shared memory as order-preserving integers. When they fill it, only the k
-// best are kept and scoring goes on. CTAs that share a row select together (row_selection.cuh).
+// warpgroups take pages in turn, and the scores stay in shared memory as order-preserving integers. When they fill it,
+// only the best are kept and scoring goes on. CTAs that share a row select together (row_selection.cuh).
+//
+// Rows of a request that are routed first: the launch overlaps the router's (follows_route) up to the need of heads.
 #include <algorithm>
 #include <atomic>
 #include <random>
@@ -29,7 +31,7 @@ constexpr int kStageBytes = kKeyTileBytes + kScaleTileBytes + 8;  // keys, scale
 constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr int kStaticSharedBytes = 1024;  // what the kernel declares itself
 constexpr int kScratchWords = 2 * kListedKeys;
-constexpr int kMoreKept = 512;  // keys that a row of its own keeps in a round besides the k best, as they need no exact cut
+constexpr int kMoreKept = 512;  // keys besides the k best that a single row keeps after a round: no exact cut is needed
 
 using Selection = RowSelection<kThreads>;
 

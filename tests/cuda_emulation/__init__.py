@@ -61,7 +61,10 @@ def _translation_unit(source: Path) -> str:
         if not declared:
             continue
         opened = "".join(re.search(r"^(namespace [\w:]+ \{\n)(namespace \{\n)?", text, re.MULTILINE).groups(default=""))
-        variables = "".join(f"alignas({a or 16}) thread_local {kind} {name}[{SHARED_BYTES}];\n" for a, kind, name in declared)
+        variables = "".join(
+            f"alignas({alignment or 16}) thread_local {kind} {name}[{SHARED_BYTES}];\n"
+            for alignment, kind, name in declared
+        )
         definitions += f"{opened}{variables}{'}' * opened.count('{')}\n"
     return f'#include "cuda/{source.name}"\n{definitions}'
 
@@ -147,7 +150,7 @@ class Operators:
 
     @contextlib.contextmanager
     def stream(self):
-        """What is launched inside runs at the end: a kernel may overlap the one before. Until then no result is there."""
+        """What is launched inside runs at the end, a kernel over the one before where it may. No result is there before."""
         self._in_stream = True
         try:
             yield

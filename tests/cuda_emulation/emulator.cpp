@@ -668,11 +668,12 @@ void on_fault(int signal, siginfo_t* info, void*) {
     return;
   }
   std::ostringstream text;
-  text << "access to memory that is not the kernel's (signal " << signal << ", address " << static_cast<const void*>(address) << ")";
+  text << "access to memory that is not the kernel's (signal " << signal << ", address "
+       << static_cast<const void*>(address) << ")";
   for (const auto& memory : guarded) {
     if (address >= memory->map && address < memory->map + memory->map_bytes) {
-      text << ", " << address - memory->begin << " bytes from the start of argument " << memory->argument << ", which has "
-           << memory->bytes;
+      text << ", " << address - memory->begin << " bytes from the start of argument " << memory->argument
+           << ", which has " << memory->bytes;
     }
   }
   fail(text.str());
@@ -1214,7 +1215,9 @@ int misa_emulation_finish(char* message, int message_bytes) {
     for (size_t i = 0; i < tensors.size(); ++i) {
       const GuardedMemory& memory = *guarded[i];
       if (memory.bytes == 0 || std::memcmp(tensors[i].original, memory.begin, memory.bytes) == 0) continue;
-      if (!tensors[i].is_written) throw std::runtime_error("argument " + std::to_string(memory.argument) + " was written");
+      if (!tensors[i].is_written) {
+        throw std::runtime_error("argument " + std::to_string(memory.argument) + " was written");
+      }
       std::memcpy(tensors[i].original, memory.begin, memory.bytes);
     }
     guarded.clear();
@@ -1233,7 +1236,8 @@ int misa_emulation_call(
     if (found == operators().end()) throw std::runtime_error(std::string("there is no operator ") + name);
     const Operator& operation = found->second;
     if (operation.is_written.size() != static_cast<size_t>(count)) {
-      throw std::runtime_error(std::string(name) + " takes " + std::to_string(operation.is_written.size()) + " arguments");
+      throw std::runtime_error(
+          std::string(name) + " takes " + std::to_string(operation.is_written.size()) + " arguments");
     }
     for (int i = 0; i < count; ++i) {
       if (arguments[i].kind == 2) pass(arguments[i].tensor, i, operation.is_written[i]);

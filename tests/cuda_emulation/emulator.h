@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU, so that their logic is tested where there is no GPU.
 //
 // Kernels are compiled as C++. Every CTA gets an operating-system thread, so that `__shared__` can be thread_local, and
-// every CUDA thread a stack that this thread switches between. Only one CTA runs at a time: the emulator needs no locks,
-// and a seed fixes the order of everything. That order is hostile where CUDA leaves it open:
+// every CUDA thread a stack that this thread switches between. Only one CTA runs at a time: the emulator needs no
+// locks, and a seed fixes the order of everything. That order is hostile where CUDA leaves it open:
 //
 //   shared memory     starts as 0xFF bytes, and is 0xFF again once its CTA has ended
 //   copies            (cp.async, bulk, tensor) spoil their destination at once and land late, in any order

@@ -30,4 +30,6 @@ struct __half2 : __half2_raw {
 inline __half2 __floats2half2_rn(float low, float high) {
   return __half2(__half2_raw{emulator::half_bits(low), emulator::half_bits(high)});
 }
-inline float2 __half22float2(const __half2& pair) { return {emulator::half_value(pair.x), emulator::half_value(pair.y)}; }
+inline float2 __half22float2(const __half2& pair) {
+  return {emulator::half_value(pair.x), emulator::half_value(pair.y)};
+}

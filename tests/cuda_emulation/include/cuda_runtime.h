@@ -66,7 +66,9 @@ MISA_EMULATED_MIN_MAX(float, float, float)
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
-inline int __clzll(long long value) { return value == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(value)); }
+inline int __clzll(long long value) {
+  return value == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(value));
+}
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
@@ -283,7 +285,8 @@ inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaS
   return cudaSuccess;
 }
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(
+    const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   emulator::Launch launch;
   launch.name = __PRETTY_FUNCTION__;
   launch.grid = config->gridDim;
