@@ -496,6 +496,8 @@ void prefill_select(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
   check_tensor(out, "out", ScalarType::Int, 2);
   check_tensor(workspace, "workspace", ScalarType::Byte, 1);
   const int64_t rows = p.rows.count;
+  STD_TORCH_CHECK(max_visible <= kMostKeys, "prefill_select: rows may see at most ", kMostKeys, " keys, not ",
+                  max_visible);
   STD_TORCH_CHECK(k >= 1 && out.size(0) == rows && out.size(1) >= k, "out must be [", rows, ", at least k = ", k, "]");
   if (rows == 0) return;
   const int multiprocessors = multiprocessor_count(q.get_device_index());

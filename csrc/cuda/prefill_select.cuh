@@ -35,8 +35,11 @@ constexpr int kCollectorWarps = (kThreads - kWorkingThreads) / 32;
 constexpr int kConsumerRegisters = 224;
 constexpr int kProducerRegisters = 56;
 constexpr int kColumns = 256;  // of a group
-// A row that takes no part counts from here, past any capacity.
+// A row that takes no part appends from here, past the end of any list.
 constexpr uint32_t kClosedList = 0x80000000u;
+// Of a queued entry's tag; the bits above it hold which of its thread's queries the score is of.
+constexpr int kPositionBits = 28;
+constexpr int kMostKeys = 1 << kPositionBits;
 constexpr uint32_t kInvalidSample = 0xFFFFFFFFu;
 constexpr uint32_t kNoMoreQueues = 0xFFFFFFFFu;
 constexpr int kMovedTogether = 8;  // entries of a queue
@@ -121,18 +124,18 @@ struct Shared {
   int32_t leader[T::kQueries];
   int32_t leader_visible[T::kQueries];
   uint32_t leaders[(T::kQueries + 31) / 32];
-  int32_t tile;
-  int32_t split;
   // Of each row, ordered so that the rows of one thread are neighbours
   // The threshold of even and odd pages; from tie_limit on, keys have to pass the next larger number.
   alignas(16) float threshold[2][T::kQueries];
   float next_threshold[T::kQueries];
   int32_t tie_limit[T::kQueries];
-  uint32_t count[T::kQueries];
+  // Places count through all lists
+  uint32_t next_place[T::kQueries];
+  uint32_t list_end[T::kQueries];
   int32_t limit[T::kQueries];
   alignas(16) float gates[kGroups][4][64];  // halved
-  // Two queues of each thread, filled in turn, of (score bits, page << 5 | query << 1 | key row / 8 % 2). Those of a
-  // warp change hands together.
+  // Two queues of each thread, filled in turn, of (score bits, query << kPositionBits | position). Those of a warp
+  // change hands together.
   uint2 queue[2][T::kQueue][kConsumerThreads];
   uint32_t queue_length[2][kConsumerThreads];
   uint64_t handed[2][kConsumerWarps];
@@ -280,39 +283,32 @@ __device__ __forceinline__ bool empty_queues(const Params& p, int consumer_warp,
   const uint32_t length = sh.queue_length[which][thread];
   const uint32_t longest = __reduce_max_sync(0xFFFFFFFFu, length);
   if (longest == kNoMoreQueues) return false;
-  const int group = thread / kGroupThreads;
-  const uint32_t key_row = consumer_warp % 4 * 16 + lane / 4;
-  const int first = group * T::kGroupQueries + c * T::kThreadQueries;
-  const uint32_t first_slot = sh.tile * T::kQueries + group * T::kGroupQueries + c;
-  const uint32_t capacity = p.list_capacity;
-  const uint32_t first_list = (first_slot * p.splits + sh.split) * capacity;
-  const uint32_t next_list = 4 * p.splits * capacity;
-  uint2* const lists = p.lists;
+  const int first = thread / kGroupThreads * T::kGroupQueries + c * T::kThreadQueries;
   const uint2* queue = &sh.queue[which][0][thread];
-  auto query_of = [](const uint2& entry) { return entry.y / 2 % T::kThreadQueries; };
-  auto position_of = [&](const uint2& entry) { return entry.y / 32 * kPageTokens + key_row + entry.y % 2 * 8; };
+  auto own_of = [&](const uint2& entry) { return first + (entry.y >> kPositionBits) % T::kThreadQueries; };
+  auto position_of = [](const uint2& entry) { return entry.y % (1u << kPositionBits); };
 #pragma unroll 1
   for (uint32_t begin = 0; begin < longest; begin += kMovedTogether) {
-    const uint2* entries = queue + begin * kConsumerThreads;
-    uint32_t* counter[kMovedTogether];
+    // No branch between the loads: a queue's memory past its end holds anything, which names some row all the same
+    uint2 entry[kMovedTogether];
     uint32_t place[kMovedTogether], taken = 0;
+#pragma unroll
+    for (int i = 0; i < kMovedTogether; ++i) entry[i] = queue[(begin + i) * kConsumerThreads];
+#pragma unroll
+    for (int i = 0; i < kMovedTogether; ++i) {
+      const bool seen = position_of(entry[i]) < static_cast<uint32_t>(sh.limit[own_of(entry[i])]);
+      taken |= static_cast<uint32_t>(seen & (begin + i < length)) << i;
+    }
     // Atomics are never predicated: not to branch around each, lanes without an entry count in a word of their own
 #pragma unroll
     for (int i = 0; i < kMovedTogether; ++i) {
-      const uint2 entry = entries[i * kConsumerThreads];
-      const int own = first + query_of(entry);
-      const bool take = begin + i < length && position_of(entry) < static_cast<uint32_t>(sh.limit[own]);
-      counter[i] = take ? &sh.count[own] : &sh.unused_count[lane];
-      taken |= static_cast<uint32_t>(take) << i;
+      place[i] = atomicAdd((taken >> i & 1) != 0 ? &sh.next_place[own_of(entry[i])] : &sh.unused_count[lane], 1u);
     }
 #pragma unroll
-    for (int i = 0; i < kMovedTogether; ++i) place[i] = atomicAdd(counter[i], 1u);
-#pragma unroll
     for (int i = 0; i < kMovedTogether; ++i) {
-      const uint2 entry = entries[i * kConsumerThreads];
-      if ((taken >> i & 1) != 0 && place[i] < capacity) {
-        lists[first_list + query_of(entry) * next_list + place[i]] = make_uint2(entry.x, position_of(entry));
-      }
+      const bool fits = place[i] < sh.list_end[own_of(entry[i])];
+      ptx::store_if(fits & ((taken >> i & 1) != 0), p.lists + place[i],
+                    make_uint2(entry[i].x, position_of(entry[i])));
     }
   }
   return true;
@@ -385,14 +381,10 @@ __device__ __forceinline__ void end_turn(int group) {
 // Fills the per-row part of `sh` for one tile. All consumers call it; `rows` maps slots to rows (null:
 // slot + row_begin).
 template <int kHeads>
-__device__ __forceinline__ void load_rows(const Params& p, const int32_t* rows, int num_rows, int tile, int split,
+__device__ __forceinline__ void load_rows(const Params& p, const int32_t* rows, int num_rows, int tile,
                                           Shared<kHeads>& sh) {
   constexpr int kQueries = Tile<kHeads>::kQueries;
   const int i = threadIdx.x;
-  if (i == 0) {
-    sh.tile = tile;
-    sh.split = split;
-  }
   const int slot = tile * kQueries + i;
   int row = -1, request = 0, visible = 0;
   if (i < kQueries) {
@@ -590,7 +582,9 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
         sh.threshold[0][to] = split * kPageTokens < sh.tie_limit[to] ? threshold : next;
         sh.threshold[1][to] = threshold;
         sh.next_threshold[to] = next;
-        sh.count[to] = member ? 0 : kClosedList;
+        const uint32_t list = static_cast<uint32_t>(slot * p.splits + split) * p.list_capacity;
+        sh.next_place[to] = member ? list : kClosedList;
+        sh.list_end[to] = list + p.list_capacity;
       }
     }
     sync_group(group);
@@ -624,6 +618,7 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
       ptx::pin_registers(dots);
       if (lane == 0) ptx::mbarrier_arrive(&sh.empty[ring.stage]);
       ring.advance();
+      const uint32_t position = page * kPageTokens + key_row;
 
 #pragma unroll
       for (int checked = 0; checked < T::kThreadQueries; checked += T::kCheckedQueries) {
@@ -648,7 +643,8 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
             // Keys that the row does not see may pass as well: whoever empties the queue drops them
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-              append(queue.end, score[r] * scale[r], threshold[i], page * 32 + query * 2 + r);
+              append(queue.end, score[r] * scale[r], threshold[i],
+                     (static_cast<uint32_t>(query) << kPositionBits) + position + 8 * r);
             }
           } else {
             const int limit = sh.limit[first + query];
@@ -679,8 +675,10 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
       if (thread < T::kGroupQueries) {
         const int from = group * T::kGroupQueries + thread;
         if (sh.leader[from] == leader) {
-          p.counts[(tile * T::kQueries + from) * p.splits + split] =
-              sh.count[group * T::kGroupQueries + thread % 4 * T::kThreadQueries + thread / 4];
+          const uint32_t list_index = (tile * T::kQueries + from) * p.splits + split;
+          p.counts[list_index] =
+              sh.next_place[group * T::kGroupQueries + thread % 4 * T::kThreadQueries + thread / 4] -
+              list_index * p.list_capacity;
         }
       }
     }
@@ -713,7 +711,7 @@ __device__ __forceinline__ void consume_items(const Params& p, const int32_t* ro
   if (group == 1) end_turn(group);
   for (int item = blockIdx.x; item < tiles * p.splits; item += gridDim.x) {
     sync_item<kMode>();
-    load_rows<kHeads>(p, rows, num_rows, item / p.splits, item % p.splits, sh);
+    load_rows<kHeads>(p, rows, num_rows, item / p.splits, sh);
     load_queries<kHeads>(p, group, threadIdx.x % kGroupThreads, sh);
     ptx::fence_proxy_async();
     sync_item<kMode>();

@@ -110,6 +110,17 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive(uint64_t* barrier) {
 // Orders this thread's ordinary shared-memory stores before later reads by tensor cores or the copy engine.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---------------------------------------------------------------- predicated stores
+
+// Stores to global memory if `stores`, without a branch.
+__device__ __forceinline__ void store_if(bool stores, uint2* to, const uint2& value) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
+      "@p st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(static_cast<uint32_t>(stores)),
+      "l"(to), "r"(value.x), "r"(value.y)
+      : "memory");
+}
+
 // ---------------------------------------------------------------- barriers of a part of a block
 
 template <int kId, int kThreads>
