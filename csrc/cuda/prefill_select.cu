@@ -89,52 +89,56 @@ __global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __gr
 
 // ---------------------------------------------------------------- selection from the lists
 
-constexpr int kFinalThreads = 512;
 constexpr int kMaxSplits = 32;
+// Entries of a row that the final kernel holds in shared memory
+constexpr int kMostEntries = 24576;
+// Up to so many of them, several blocks share a multiprocessor
+constexpr int kFewEntries = 8192;
+constexpr int kFinalThreads = 512;
+constexpr int kManyFinalThreads = 1024;
+// Positions that have a bit each in shared memory at a time
+constexpr int kWindow = 1 << 17;
+constexpr int kWindowWords = kWindow / 32;
+// Bits of a window are counted in 16 bits
+constexpr int kMostSelected = 16384;
 
-// The final kernel holds a row's entries in registers, so many of them per thread at most.
-constexpr int kMostThreadEntries = 48;
+struct FinalShared {
+  SelectScratch scratch;
+  alignas(16) uint32_t words[kWindowWords];
+  uint32_t lowest_key, highest_key;
+};
 
 // One block per slot: writes the row's selection, ascending, or marks the row undecided if a list overflowed or the
-// threshold let fewer than k keys pass. A thread has up to kEntries entries.
-template <int kEntries>
-__global__ __launch_bounds__(kFinalThreads, kEntries <= 12 ? 2 : 1)
+// threshold let fewer than k keys pass.
+template <int kBlockThreads>
+__global__ __launch_bounds__(kBlockThreads, kBlockThreads == kFinalThreads ? 3 : 1)
 void final_kernel(const __grid_constant__ Params p) {
-  extern __shared__ int32_t sorted[];
-  __shared__ SelectScratch scratch;
-  __shared__ uint32_t offsets[kMaxSplits + 1];
-  __shared__ bool overflow;
-  __shared__ uint32_t lowest_key, highest_key;
+  extern __shared__ uint64_t entries[];
+  __shared__ FinalShared sh;
+  const int lane = threadIdx.x % 32;
   const int slot = blockIdx.x;
   const int row = p.row_begin + slot;
+  for (int i = threadIdx.x; i < kWindowWords / 4; i += kBlockThreads) {
+    reinterpret_cast<uint4*>(sh.words)[i] = make_uint4(0, 0, 0, 0);
+  }
+  if (threadIdx.x == 0) {
+    sh.lowest_key = 0xFFFFFFFFu;
+    sh.highest_key = 0;
+  }
   ptx::wait_for_previous_kernel();
   const int visible = p.rows.visible[row];
   if (visible < p.written_from || visible >= p.scored_to) return;
   int32_t* out = p.out + row * p.out_row_stride;
   if (visible < p.scored_from) {
-    for (int i = threadIdx.x; i < p.k; i += kFinalThreads) out[i] = i < visible ? i : -1;
+    for (int i = threadIdx.x; i < p.k; i += kBlockThreads) out[i] = i < visible ? i : -1;
     return;
   }
 
-  if (threadIdx.x < 32) {
-    const uint32_t count =
-        threadIdx.x < p.splits ? p.counts[static_cast<int64_t>(slot) * p.splits + threadIdx.x] : 0;
-    uint32_t end = count;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, end, offset);
-      if (threadIdx.x >= offset) end += other;
-    }
-    offsets[threadIdx.x + 1] = end;
-    const bool any_overflow = __any_sync(0xFFFFFFFFu, count > static_cast<uint32_t>(p.list_capacity));
-    if (threadIdx.x == 0) {
-      offsets[0] = 0;
-      overflow = any_overflow;
-      lowest_key = 0xFFFFFFFFu;
-      highest_key = 0;
-    }
-  }
-  __syncthreads();
-  const uint32_t total = offsets[kMaxSplits];
+  // Lane s of every warp knows list s
+  const uint32_t capacity = p.list_capacity;
+  const uint32_t count = lane < p.splits ? p.counts[static_cast<int64_t>(slot) * p.splits + lane] : 0;
+  const bool overflow = __any_sync(0xFFFFFFFFu, count > capacity);
+  const uint32_t total = __reduce_add_sync(0xFFFFFFFFu, count);
   if (overflow || total < static_cast<uint32_t>(p.k)) {
     if (threadIdx.x == 0) {
       p.undecided[slot] = 1;
@@ -142,85 +146,105 @@ void final_kernel(const __grid_constant__ Params p) {
     }
     return;
   }
-
-  // All loads first, so that they are in flight together
-  uint64_t values[kEntries];
-  const uint2* lists = p.lists + static_cast<int64_t>(slot) * p.splits * p.list_capacity;
-  int split = 0;
+  uint32_t list_begin = count;
 #pragma unroll
-  for (int j = 0; j < kEntries; ++j) {
-    const uint32_t i = threadIdx.x + j * kFinalThreads;
-    values[j] = 0;
-    if (i < total) {
-      while (i >= offsets[split + 1]) ++split;
-      const uint2 entry = lists[split * p.list_capacity + (i - offsets[split])];
-      values[j] = (static_cast<uint64_t>(entry.x) << 32) | entry.y;
-    }
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, list_begin, offset);
+    if (lane >= offset) list_begin += other;
   }
-  // 0 stands for no entry: no score has the order key 0
-  uint32_t low = 0xFFFFFFFFu, high = 0;
-#pragma unroll
-  for (int j = 0; j < kEntries; ++j) {
-    if (threadIdx.x + j * kFinalThreads < total) {
-      values[j] = rank_value(__uint_as_float(static_cast<uint32_t>(values[j] >> 32)),
-                             static_cast<uint32_t>(values[j]));
-      const uint32_t key = static_cast<uint32_t>(values[j] >> 32);
-      high = max(high, key);
-      low = min(low, key);
+  list_begin -= count;
+
+  // Warps take 32 entries of a list at a time
+  const uint2* lists = p.lists + static_cast<int64_t>(slot) * p.splits * capacity;
+  uint32_t first = threadIdx.x / 32 * 32;
+  for (int split = 0; split < p.splits; ++split) {
+    const uint32_t size = __shfl_sync(0xFFFFFFFFu, count, split);
+    uint64_t* const to = entries + __shfl_sync(0xFFFFFFFFu, list_begin, split);
+    for (; first < size; first += kBlockThreads) {
+      const uint32_t own = first + lane;
+      if (own < size) ptx::cp_async<8>(to + own, lists + split * capacity + own);
     }
+    first -= (size + 31) / 32 * 32;
+  }
+  ptx::cp_async_wait_all();
+  __syncthreads();
+
+  uint32_t low = 0xFFFFFFFFu, high = 0;
+#pragma unroll 4
+  for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
+    const uint64_t entry = entries[i];  // the position above the score's bits
+    const uint64_t value =
+        rank_value(__uint_as_float(static_cast<uint32_t>(entry)), static_cast<uint32_t>(entry >> 32));
+    entries[i] = value;
+    high = max(high, static_cast<uint32_t>(value >> 32));
+    low = min(low, static_cast<uint32_t>(value >> 32));
   }
   low = __reduce_min_sync(0xFFFFFFFFu, low);
   high = __reduce_max_sync(0xFFFFFFFFu, high);
-  if (threadIdx.x % 32 == 0) {
-    atomicMin(&lowest_key, low);
-    atomicMax(&highest_key, high);
+  if (lane == 0) {
+    atomicMin(&sh.lowest_key, low);
+    atomicMax(&sh.highest_key, high);
   }
   __syncthreads();
-  auto for_each = [&](auto&& visit) {
-#pragma unroll
-    for (int j = 0; j < kEntries; ++j) {
-      if (j * kFinalThreads < total) visit(values[j]);
-    }
-  };
-  const uint64_t cut = kth_largest<kFinalThreads>(static_cast<uint64_t>(lowest_key) << 32,
-                                                  (static_cast<uint64_t>(highest_key) << 32) | 0xFFFFFFFFu, p.k,
-                                                  for_each, scratch);
+  const uint64_t cut = kth_largest<kBlockThreads>(
+      static_cast<uint64_t>(sh.lowest_key) << 32, (static_cast<uint64_t>(sh.highest_key) << 32) | 0xFFFFFFFFu, p.k,
+      [&](auto&& visit) {
+#pragma unroll 4
+        for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) visit(entries[i]);
+      },
+      sh.scratch);
+  // From here on 0 stands for an entry that is not selected: its position is past any window
+  for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
+    if (entries[i] < cut) entries[i] = 0;
+  }
 
-  // Ascending positions by a counting sort: buckets of equal width, then the rank inside the bucket
-  const int width_log2 = max(0, 32 - __clz(visible - 1) - kSelectBinsLog2);
-  for (int bin = threadIdx.x; bin < kSelectBins; bin += kFinalThreads) scratch.bins[bin] = 0;
-  __syncthreads();
-  for_each([&](uint64_t value) {
-    if (value >= cut) atomicAdd(&scratch.bins[position_of(value) >> width_log2], 1u);
-  });
-  __syncthreads();
-  constexpr int kBinsPerThread = kSelectBins / kFinalThreads;
-  uint32_t counts[kBinsPerThread], sum = 0, all;
-#pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) sum += counts[i] = scratch.bins[threadIdx.x * kBinsPerThread + i];
-  uint32_t begin = block_exclusive_sum<kFinalThreads>(sum, scratch.warp_sums, all);
-#pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) {
-    scratch.bins[threadIdx.x * kBinsPerThread + i] = begin;
-    begin += counts[i];
-  }
-  __syncthreads();
-  for_each([&](uint64_t value) {
-    if (value >= cut) {
-      const uint32_t position = position_of(value);
-      sorted[atomicAdd(&scratch.bins[position >> width_log2], 1u)] = static_cast<int32_t>(position);
+  // Ascending positions: a selected one comes behind as many as there are bits before its own
+  constexpr int kOwnWords = kWindowWords / kBlockThreads;
+  static_assert(kOwnWords % 4 == 0 && kMostSelected <= 0xFFFF && sizeof(sh.scratch.bins) >= 2 * kWindowWords);
+  auto* const bits_before = reinterpret_cast<uint16_t*>(sh.scratch.bins);
+  // The selection takes the place of the keys, each entry's upper half
+  auto* const halves = reinterpret_cast<uint32_t*>(entries);
+  auto selected = [&](uint32_t i) -> uint32_t& { return halves[2 * i + 1]; };
+  auto position_at = [&](uint32_t i) { return 0xFFFFFFFFu - halves[2 * i]; };
+  uint32_t earlier = 0;  // in earlier windows
+  for (uint32_t window = 0; window < static_cast<uint32_t>(visible); window += kWindow) {
+    if (window > 0) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < kWindowWords; i += kBlockThreads) sh.words[i] = 0;
     }
-  });
-  __syncthreads();
-  // every bin has advanced to its end, which is the beginning of the next
-  for (int i = threadIdx.x; i < p.k; i += kFinalThreads) {
-    const int32_t position = sorted[i];
-    const int bin = position >> width_log2;
-    const int from = bin == 0 ? 0 : static_cast<int>(scratch.bins[bin - 1]), to = static_cast<int>(scratch.bins[bin]);
-    int place = from;
-    for (int j = from; j < to; ++j) place += sorted[j] < position;
-    out[place] = position;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
+      const uint32_t at = position_at(i) - window;
+      if (at < kWindow) atomicOr(&sh.words[at / 32], 1u << at % 32);
+    }
+    __syncthreads();
+    uint32_t sums[kOwnWords], sum = 0, all;
+#pragma unroll
+    for (int i = 0; i < kOwnWords; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(&sh.words[threadIdx.x * kOwnWords + i]);
+      sums[i] = sum;
+      sums[i + 1] = sum += __popc(four.x);
+      sums[i + 2] = sum += __popc(four.y);
+      sums[i + 3] = sum += __popc(four.z);
+      sum += __popc(four.w);
+    }
+    const uint32_t before = block_exclusive_sum<kBlockThreads>(sum, sh.scratch.warp_sums, all);
+#pragma unroll
+    for (int i = 0; i < kOwnWords; ++i) {
+      bits_before[threadIdx.x * kOwnWords + i] = static_cast<uint16_t>(before + sums[i]);
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
+      const uint32_t position = position_at(i), at = position - window;
+      if (at < kWindow) {
+        const uint32_t lower = sh.words[at / 32] & ((1u << at % 32) - 1);
+        selected(earlier + bits_before[at / 32] + __popc(lower)) = position;
+      }
+    }
+    earlier += all;
   }
+  __syncthreads();
+  for (int i = threadIdx.x; i < p.k; i += kBlockThreads) out[i] = static_cast<int32_t>(selected(i));
 }
 
 // Marks every scored row undecided, for a k that lists are not kept for; the other rows are written.
@@ -253,8 +277,6 @@ constexpr int64_t kSampledShare = 32;
 // What a block does besides its pages (queries, pipeline fill), and a launch besides its blocks, in pages
 constexpr int kItemOverheadPages = 6;
 constexpr int kLaunchOverheadPages = 30;
-// Positions that the final kernel sorts in shared memory
-constexpr int kMaxSorted = 16384;
 // A list has room for so many standard deviations more than it is expected to get.
 constexpr double kListMargin = 5.0;
 
@@ -319,8 +341,7 @@ Plan make_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visible, int 
     const int64_t capacity = round_up(static_cast<int64_t>(share + kListMargin * deviation) + kPageTokens, 16);
     plan.num_samples = capacity < all_of_split ? static_cast<int>(samples) : 0;
     plan.list_capacity = static_cast<int>(std::min(capacity, all_of_split));
-    if (static_cast<int64_t>(plan.list_capacity) * plan.splits > kMostThreadEntries * kFinalThreads ||
-        k > kMaxSorted) {
+    if (static_cast<int64_t>(plan.list_capacity) * plan.splits > kMostEntries || k > kMostSelected) {
       plan.list_capacity = plan.num_samples = 0;
     }
     const int64_t row_bytes = std::max<int64_t>(
@@ -406,13 +427,13 @@ constexpr cudaLaunchAttributeID kOverlaps = cudaLaunchAttributeProgrammaticStrea
 constexpr cudaLaunchAttributeID kTogether = cudaLaunchAttributeCooperative;
 
 void launch_final(const Params& p, cudaStream_t stream) {
-  const size_t shared = p.k * sizeof(int32_t);
-  const int entries = static_cast<int>(ceil_div(static_cast<int64_t>(p.list_capacity) * p.splits, kFinalThreads));
-  auto* kernel = entries <= 8    ? final_kernel<8>
-                 : entries <= 12 ? final_kernel<12>
-                 : entries <= 20 ? final_kernel<20>
-                                 : final_kernel<kMostThreadEntries>;
-  launch(kernel, p.num_rows, kFinalThreads, shared, stream, kOverlaps, p);
+  const int entries = p.list_capacity * p.splits;
+  const size_t shared = entries * sizeof(uint2);
+  if (entries <= kFewEntries) {
+    launch(final_kernel<kFinalThreads>, p.num_rows, kFinalThreads, shared, stream, kOverlaps, p);
+  } else {
+    launch(final_kernel<kManyFinalThreads>, p.num_rows, kManyFinalThreads, shared, stream, kOverlaps, p);
+  }
 }
 
 template <int kHeads>
