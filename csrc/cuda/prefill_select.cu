@@ -31,7 +31,6 @@ __global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __gr
   ptx::let_next_kernel_start();
   if (threadIdx.x == 0) {
     p.last_tie[slot] = INT32_MAX;
-    p.undecided[slot] = 0;
     if (slot == 0) *p.undecided_count = *p.arrived = 0;
     valid = 0;
     lowest = 0xFFFFFFFFu;
@@ -108,7 +107,7 @@ struct FinalShared {
   uint32_t lowest_key, highest_key;
 };
 
-// One block per slot: writes the row's selection, ascending, or marks the row undecided if a list overflowed or the
+// One block per slot: writes the row's selection, ascending, or lists the row as undecided if one of its lists overflowed or the
 // threshold let fewer than k keys pass.
 template <int kBlockThreads>
 __global__ __launch_bounds__(kBlockThreads, kBlockThreads == kFinalThreads ? 3 : 1)
@@ -126,6 +125,7 @@ void final_kernel(const __grid_constant__ Params p) {
     sh.highest_key = 0;
   }
   ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
   const int visible = p.rows.visible[row];
   if (visible < p.written_from || visible >= p.scored_to) return;
   int32_t* out = p.out + row * p.out_row_stride;
@@ -140,10 +140,7 @@ void final_kernel(const __grid_constant__ Params p) {
   const bool overflow = __any_sync(0xFFFFFFFFu, count > capacity);
   const uint32_t total = __reduce_add_sync(0xFFFFFFFFu, count);
   if (overflow || total < static_cast<uint32_t>(p.k)) {
-    if (threadIdx.x == 0) {
-      p.undecided[slot] = 1;
-      atomicAdd(p.undecided_count, 1u);
-    }
+    if (threadIdx.x == 0) p.undecided[atomicAdd(p.undecided_count, 1u)] = row;
     return;
   }
   uint32_t list_begin = count;
@@ -247,16 +244,16 @@ void final_kernel(const __grid_constant__ Params p) {
   for (int i = threadIdx.x; i < p.k; i += kBlockThreads) out[i] = static_cast<int32_t>(selected(i));
 }
 
-// Marks every scored row undecided, for a k that lists are not kept for; the other rows are written.
+// Lists every scored row as undecided, for a k that lists are not kept for; the other rows are written.
 __global__ __launch_bounds__(kFinalThreads) void undecided_kernel(const __grid_constant__ Params p) {
   const int slot = blockIdx.x;
   const int row = p.row_begin + slot;
   const int visible = p.rows.visible[row];
   const bool scored = visible >= p.scored_from && visible < p.scored_to;
   if (threadIdx.x == 0) {
-    p.undecided[slot] = scored;
+    p.undecided[slot] = scored ? row : -1;
     if (slot == 0) {
-      *p.undecided_count = 1;
+      *p.undecided_count = p.num_rows;
       *p.arrived = 0;
     }
   }
@@ -281,7 +278,8 @@ constexpr int kLaunchOverheadPages = 30;
 constexpr double kListMargin = 5.0;
 
 struct Plan {
-  int launch_rows;  // rows of one launch
+  int launch_rows;  // rows whose lists are collected by one launch
+  int group_rows;   // rows whose thresholds are found together, of whole launches
   int splits;
   int sample_splits;
   int list_capacity;  // 0: no lists, every row goes through its dense scores
@@ -351,7 +349,12 @@ Plan make_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visible, int 
                          (split_time(tiles, pages, plan.splits, multiprocessors) + kLaunchOverheadPages);
     if (time >= best_time) continue;
     best_time = time;
-    plan.sample_splits = best_splits(tiles, plan.num_samples / kPageTokens, multiprocessors);
+    const int64_t sampled_rows =
+        plan.num_samples == 0 ? kMaxLaunchRows : kRegionBytes / (plan.num_samples * static_cast<int64_t>(sizeof(float)));
+    const int64_t together = std::max<int64_t>(1, std::min<int64_t>(sampled_rows, kMaxLaunchRows) / plan.launch_rows);
+    plan.group_rows = static_cast<int>(together * plan.launch_rows);
+    const int64_t sampled_tiles = std::min(all_tiles, together * tiles);
+    plan.sample_splits = best_splits(sampled_tiles, plan.num_samples / kPageTokens, multiprocessors);
     plan.keep_all = plan.list_capacity / kPageTokens * plan.splits * kPageTokens;
     plan.dense_stride = dense_stride;
     int64_t dense_rows = std::max<int64_t>(1, kRegionBytes / (dense_stride * static_cast<int64_t>(sizeof(float))));
@@ -441,28 +444,36 @@ void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap
          cudaStream_t stream) {
   constexpr int kTileRows = Tile<kHeads>::kQueries;
   constexpr size_t kShared = sizeof(Shared<kHeads>);
-  for (int64_t begin = 0; begin < rows; begin += plan.launch_rows) {
-    Params p = common;
-    p.row_begin = static_cast<int>(begin);
-    p.num_rows = static_cast<int>(std::min<int64_t>(plan.launch_rows, rows - begin));
-    const int tiles = static_cast<int>(ceil_div(p.num_rows, kTileRows));
+  for (int64_t begin = 0; begin < rows; begin += plan.group_rows) {
+    Params group = common;
+    group.row_begin = static_cast<int>(begin);
+    group.num_rows = static_cast<int>(std::min<int64_t>(plan.group_rows, rows - begin));
     if (plan.list_capacity > 0) {
-      if (p.num_samples > 0) {
-        p.splits = plan.sample_splits;
-        launch(score_kernel<kHeads, Mode::kSample>, std::min(tiles * p.splits, multiprocessors), kThreads, kShared,
-               stream, kOverlaps, page_map, p);
-        p.splits = plan.splits;
+      if (group.num_samples > 0) {
+        group.splits = plan.sample_splits;
+        const int items = static_cast<int>(ceil_div(group.num_rows, kTileRows)) * group.splits;
+        launch(score_kernel<kHeads, Mode::kSample>, std::min(items, multiprocessors), kThreads, kShared, stream,
+               kOverlaps, page_map, group);
       }
-      launch(threshold_kernel, p.num_rows, kThresholdThreads, p.num_samples * sizeof(uint32_t), stream, kOverlaps, p);
-      launch(score_kernel<kHeads, Mode::kCollect>, std::min(tiles * p.splits, multiprocessors), kThreads, kShared,
-             stream, kOverlaps, page_map, p);
-      launch_final(p, stream);
+      launch(threshold_kernel, group.num_rows, kThresholdThreads, group.num_samples * sizeof(uint32_t), stream,
+             kOverlaps, group);
+      for (int first = 0; first < group.num_rows; first += plan.launch_rows) {
+        Params p = common;
+        p.row_begin = group.row_begin + first;
+        p.num_rows = std::min(plan.launch_rows, group.num_rows - first);
+        p.threshold += first;
+        p.last_tie += first;
+        const int items = static_cast<int>(ceil_div(p.num_rows, kTileRows)) * p.splits;
+        launch(score_kernel<kHeads, Mode::kCollect>, std::min(items, multiprocessors), kThreads, kShared, stream,
+               kOverlaps, page_map, p);
+        launch_final(p, stream);
+      }
     } else {
-      undecided_kernel<<<p.num_rows, kFinalThreads, 0, stream>>>(p);
+      undecided_kernel<<<group.num_rows, kFinalThreads, 0, stream>>>(group);
       check_cuda(cudaGetLastError(), "prefill selection");
     }
-    p.splits = best_splits(ceil_div(p.dense_rows, kTileRows), p.dense_stride / kPageTokens, multiprocessors);
-    launch(repair_kernel<kHeads>, multiprocessors, kThreads, kShared, stream, kTogether, page_map, p);
+    group.splits = best_splits(ceil_div(group.dense_rows, kTileRows), group.dense_stride / kPageTokens, multiprocessors);
+    launch(repair_kernel<kHeads>, multiprocessors, kThreads, kShared, stream, kTogether, page_map, group);
   }
 }
 
@@ -535,8 +546,8 @@ void prefill_select(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
   p.threshold = reinterpret_cast<float*>(base + layout.threshold);
   p.last_tie = reinterpret_cast<int32_t*>(base + layout.last_tie);
   p.counts = reinterpret_cast<uint32_t*>(base + layout.counts);
-  p.undecided = reinterpret_cast<uint32_t*>(base + layout.undecided);
-  p.undecided_count = p.undecided + kMaxLaunchRows;
+  p.undecided = reinterpret_cast<int32_t*>(base + layout.undecided);
+  p.undecided_count = reinterpret_cast<uint32_t*>(p.undecided + kMaxLaunchRows);
   p.arrived = p.undecided_count + 1;
   p.lists = reinterpret_cast<uint2*>(base);
   p.list_capacity = plan.list_capacity;
@@ -544,7 +555,7 @@ void prefill_select(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
   p.samples = reinterpret_cast<float*>(base);
   p.num_samples = plan.num_samples;
   p.dense = reinterpret_cast<float*>(base);
-  p.dense_stride = plan.dense_stride;
+  p.dense_stride = static_cast<uint32_t>(plan.dense_stride);
   p.dense_rows = plan.dense_rows;
   p.out = static_cast<int32_t*>(out.data_ptr());
   p.out_row_stride = out.stride(0);
@@ -568,8 +579,9 @@ void prefill_scores(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
   p.scored_from = 1;
   p.scored_to = static_cast<int>(std::min<int64_t>(out.size(1), INT32_MAX - 1)) + 1;
   p.splits = 4;
+  STD_TORCH_CHECK(rows * out.stride(0) <= UINT32_MAX, "out must have fewer than 2^32 elements");
   p.dense = static_cast<float*>(out.data_ptr());
-  p.dense_stride = out.stride(0);
+  p.dense_stride = static_cast<uint32_t>(out.stride(0));
   const CUtensorMap page_map = key_page_map(p.cache);
   for_heads(padded_heads(p.heads_per_row), [&](auto padded) {
     constexpr int kHeads = decltype(padded)::value;
