@@ -9,44 +9,6 @@
 
 namespace misa {
 
-/// D[64, kColumns] (+)= A[64, 32] B[kColumns, 32]^T, e4m3 from shared memory, fp32 accumulators laid out as those of
-/// ptx::wgmma_m64n128k32.
-template <int kColumns>
-__device__ __forceinline__ void wgmma_k32(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(kColumns == 16 || kColumns == 32 || kColumns == 64);
-  if constexpr (kColumns == 16) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7"
-        "}, %8, %9, p, 1, 1;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  } else if constexpr (kColumns == 32) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-        "}, %16, %17, p, 1, 1;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  } else if constexpr (kColumns == 64) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, %32, %33, p, 1, 1;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
-          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
-          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
-          "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  }
-}
-
 /// Barrier of one of a block's at most four warpgroups. Its number is a constant, as a variable one would reserve all
 /// barriers of the multiprocessor.
 __device__ __forceinline__ void sync_warpgroup(int warpgroup) {
@@ -126,7 +88,7 @@ __device__ __forceinline__ void start_tile(
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 32; ++step) {
-    wgmma_k32<HeadLayout<kHeads>::kColumns>(d, a + 2 * step, b + 2 * step, step > 0);
+    ptx::wgmma_m64k32<HeadLayout<kHeads>::kColumns>(d, a + 2 * step, b + 2 * step, step > 0);
   }
   ptx::wgmma_commit();
 }

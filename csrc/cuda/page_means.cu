@@ -73,9 +73,9 @@ void update_page_means(Tensor index_cache, Tensor slot_mapping) {
   check_tensor(slot_mapping, "slot_mapping", ScalarType::Long, 1);
   const int tokens = static_cast<int>(slot_mapping.size(0));
   if (tokens == 0) return;
-  page_means_kernel<<<(tokens + kWarps - 1) / kWarps, 32 * kWarps, 0, current_stream(index_cache)>>>(
-      cache, static_cast<const int64_t*>(slot_mapping.data_ptr()), tokens);
-  check_cuda(cudaGetLastError(), "update_page_means");
+  launch_simple(
+      "update_page_means", page_means_kernel, dim3((tokens + kWarps - 1) / kWarps), 32 * kWarps,
+      current_stream(index_cache), cache, static_cast<const int64_t*>(slot_mapping.data_ptr()), tokens);
 }
 
 }  // namespace

@@ -469,8 +469,7 @@ void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap
         launch_final(p, stream);
       }
     } else {
-      undecided_kernel<<<group.num_rows, kFinalThreads, 0, stream>>>(group);
-      check_cuda(cudaGetLastError(), "prefill selection");
+      launch_simple("prefill selection", undecided_kernel, dim3(group.num_rows), kFinalThreads, stream, group);
     }
     group.splits = best_splits(ceil_div(group.dense_rows, kTileRows), group.dense_stride / kPageTokens, multiprocessors);
     launch(repair_kernel<kHeads>, multiprocessors, kThreads, kShared, stream, kTogether, page_map, group);

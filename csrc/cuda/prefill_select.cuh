@@ -228,16 +228,8 @@ __device__ __forceinline__ int next_leader(const Shared<kHeads>& sh, int from) {
 // Appends (score, tag) to the thread's queue unless the score is below the threshold; a NaN is not below anything.
 // Predicated, for in about half of all warps some lane appends; the queue's end is a chain of single additions.
 __device__ __forceinline__ void append(uint32_t& queue_end, float score, float threshold, uint32_t tag) {
-  uint32_t step;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "setp.geu.f32 p, %2, %3;\n"
-      "@p st.shared.v2.b32 [%1], {%2, %4};\n"
-      "selp.u32 %0, %5, 0, p;\n}\n"
-      : "=r"(step)
-      : "r"(queue_end), "f"(score), "f"(threshold), "r"(tag), "n"(kConsumerThreads * sizeof(uint2))
-      : "memory");
-  queue_end += step;
+  queue_end += ptx::store_if_not_less(
+      queue_end, score, threshold, tag, kConsumerThreads * static_cast<uint32_t>(sizeof(uint2)));
 }
 
 // The queue that a thread fills, one of its two; `handed` counts those that its warp has handed over.

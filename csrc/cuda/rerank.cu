@@ -53,22 +53,6 @@ struct Pipeline {
   uint64_t empty[kStages];
 };
 
-/// Asynchronous copy of 4 or 16 bytes to an address in shared memory, if `copies`, without a branch.
-template <int kBytes>
-__device__ __forceinline__ void copy_if(bool copies, uint32_t destination, const void* source) {
-  if constexpr (kBytes == 16) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16;\n}\n" ::"r"(
-                     destination),
-                 "l"(source), "r"(static_cast<int>(copies))
-                 : "memory");
-  } else {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p cp.async.ca.shared.global [%0], [%1], 4;\n}\n" ::"r"(
-                     destination),
-                 "l"(source), "r"(static_cast<int>(copies))
-                 : "memory");
-  }
-}
-
 /// One of the gathering warps: fills every kGatherWarps-th tile. What a candidate that does not exist leaves in its
 /// place does not matter.
 __device__ __forceinline__ void gather_tiles(
@@ -99,7 +83,7 @@ __device__ __forceinline__ void gather_tiles(
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const uint32_t units = cell[j] / kPageTokens * page_units + cell[j] % kPageTokens * (kHeadDim / kUnit);
-        copy_if<16>(cell[j] != kNoCell, keys + i / 8 * (8 * kHeadDim) + swizzled[(i + j) % 8],
+        ptx::cp_async_if<16>(cell[j] != kNoCell, keys + i / 8 * (8 * kHeadDim) + swizzled[(i + j) % 8],
                     own_chunk + static_cast<uint64_t>(units) * kUnit);
       }
     }
@@ -107,7 +91,7 @@ __device__ __forceinline__ void gather_tiles(
     for (int i = 0; i < kTileKeys; i += 32) {
       const uint32_t cell = tile_cells[i + lane];
       const uint64_t page = static_cast<uint64_t>(cell / kPageTokens * page_units) * kUnit;
-      copy_if<4>(cell != kNoCell, scales + i * 4, page_scales + page + cell % kPageTokens * 4);
+      ptx::cp_async_if<4>(cell != kNoCell, scales + i * 4, page_scales + page + cell % kPageTokens * 4);
     }
     ptx::cp_async_mbarrier_arrive(&pipeline.full[stage]);
     if (++own_stage == kOwnStages) {

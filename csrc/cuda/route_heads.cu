@@ -151,14 +151,6 @@ __device__ __forceinline__ void convert_query(QueryFragment& fragment, const Que
   }
 }
 
-__device__ __forceinline__ void mma_fp16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 /// Adds relu(q . kbar) of 8 pool blocks (rows first .. first + 7 of the tile) to the sums of 16 * kFragments heads.
 /// Blocks from `blocks_left` on do not count.
 template <int kFragments>
@@ -171,12 +163,12 @@ __device__ __forceinline__ void score_columns(
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
     const int chunk = 4 * pair + lane / 8;
-    const auto address = static_cast<uint32_t>(
-        __cvta_generic_to_shared(tile + row * kMeanRowBytes + swizzled(chunk, row) * 16));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(kbar[2 * pair][0]), "=r"(kbar[2 * pair][1]), "=r"(kbar[2 * pair + 1][0]),
-                   "=r"(kbar[2 * pair + 1][1])
-                 : "r"(address));
+    uint32_t matrices[4];
+    ptx::load_matrix_x4(matrices, tile + row * kMeanRowBytes + swizzled(chunk, row) * 16);
+    kbar[2 * pair][0] = matrices[0];
+    kbar[2 * pair][1] = matrices[1];
+    kbar[2 * pair + 1][0] = matrices[2];
+    kbar[2 * pair + 1][1] = matrices[3];
   }
   const int column = 2 * (lane % 4);
   const float2 scale = *reinterpret_cast<const float2*>(scales + first + column);
@@ -184,7 +176,7 @@ __device__ __forceinline__ void score_columns(
 #pragma unroll
   for (int step = 0; step < 8; ++step) {
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f) mma_fp16(d[f], query[f].regs[step], kbar[step][0], kbar[step][1]);
+    for (int f = 0; f < kFragments; ++f) ptx::mma_fp16(d[f], query[f].regs[step], kbar[step][0], kbar[step][1]);
   }
   // a select, not a product with zero: what lies past the last complete block may be infinite
   const bool counts[2] = {column < blocks_left, column + 1 < blocks_left};
@@ -383,12 +375,6 @@ __global__ void __launch_bounds__(kThreads, 1) route_pooled_kernel(const __grid_
 
 // ---------------------------------------------------------------- few rows per request: one cluster per row
 
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
 template <int kFragments>
 __global__ void __launch_bounds__(kThreads, 2) route_direct_kernel(const __grid_constant__ RouteArguments args) {
   extern __shared__ __align__(128) char shared[];
@@ -411,7 +397,7 @@ __global__ void __launch_bounds__(kThreads, 2) route_direct_kernel(const __grid_
     if (rank == 0 && threadIdx.x < args.active_heads) out[threadIdx.x] = threadIdx.x;
     return;
   }
-  if (ranks > 1) cluster_arrive();  // the first CTA has started: its shared memory may be written
+  if (ranks > 1) ptx::cluster_arrive();  // the first CTA has started: its shared memory may be written
   const int segments = (blocks + segment_blocks - 1) / segment_blocks;
   const int pages_per_block = args.pool_block / kPageTokens;
   const int blocks_per_warp = segment_blocks / kWarps;
@@ -479,7 +465,7 @@ __global__ void __launch_bounds__(kThreads, 2) route_direct_kernel(const __grid_
       }
     }
     __syncthreads();
-    if (!first_started) cluster_wait();
+    if (!first_started) ptx::cluster_wait();
     first_started = true;
     if (scores_heads) {
       QueryFragment query[1];
@@ -497,10 +483,10 @@ __global__ void __launch_bounds__(kThreads, 2) route_direct_kernel(const __grid_
     __syncthreads();
   }
   if (ranks > 1) {
-    if (!first_started) cluster_wait();
-    cluster_arrive();
+    if (!first_started) ptx::cluster_wait();
+    ptx::cluster_arrive();
     if (rank > 0) return;
-    cluster_wait();
+    ptx::cluster_wait();
   }
   if (threadIdx.x < args.heads) {
     float total = 0.0f;
@@ -519,8 +505,7 @@ void launch_pooled(const RouteArguments& args, int requests, cudaStream_t stream
   const int pages_per_block = args.pool_block / kPageTokens;
   const int blocks_per_warp = std::max(1, kPagesInFlight / pages_per_block);
   const dim3 grid((args.max_blocks + kWarps * blocks_per_warp - 1) / (kWarps * blocks_per_warp), requests);
-  if (grid.x > 0) pool_kernel<<<grid, kThreads, 0, stream>>>(args, blocks_per_warp);
-  check_cuda(cudaGetLastError(), "route_heads, pooling");
+  if (grid.x > 0) launch_simple("route_heads, pooling", pool_kernel, grid, kThreads, stream, args, blocks_per_warp);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((args.rows.count + kWarps - 1) / kWarps);
   config.blockDim = dim3(kThreads);

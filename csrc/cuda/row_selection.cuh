@@ -350,10 +350,8 @@ class RowSelection {
   __device__ void wait(const RowPart& part, int level) {
     if (threadIdx.x == 0) {
       const uint32_t* arrived = &exchange_.rows[part.slot].arrived[level];
-      uint32_t count;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(arrived) : "memory");
-      } while (count < static_cast<uint32_t>(part.ranks));
+      while (ptx::load_acquire(arrived) < static_cast<uint32_t>(part.ranks)) {
+      }
       __threadfence();
     }
     __syncthreads();

@@ -24,6 +24,17 @@ inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
+template <typename... Parameters, typename... Arguments>
+void launch_simple(
+    const char* what, void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
+    const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+}
+
 inline void check_tensor(const Tensor& tensor, const char* name, ScalarType dtype, int dim) {
   STD_TORCH_CHECK(tensor.is_cuda(), name, " must be a CUDA tensor");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");

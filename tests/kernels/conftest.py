@@ -8,6 +8,8 @@ import torch
 
 from misa_vllm.kernels import IMPLEMENTATIONS
 
+from .. import cuda_emulation
+
 # Triton's interpreter runs on CPU tensors; without it Triton needs a GPU.
 DEVICES = {
     "cpu": "cpu",
@@ -25,9 +27,19 @@ class Subject:
     device: str
 
 
-@pytest.fixture(params=DEVICES, scope="session")
+@pytest.fixture(scope="session")
+def emulated_cuda(tmp_path_factory) -> ModuleType:
+    """The CUDA kernels on the CPU."""
+    if cuda_emulation.find_compiler() is None:
+        pytest.skip("emulated cuda kernels: no C++ compiler on Linux")
+    return cuda_emulation.launchers(cuda_emulation.build(tmp_path_factory.mktemp("emulated")))
+
+
+@pytest.fixture(params=[*DEVICES, "emulated cuda"], scope="session")
 def subject(request) -> Subject:
     """Every implementation that runs on this machine; the others are skipped with their own reason."""
+    if request.param == "emulated cuda":
+        return Subject("cuda", request.getfixturevalue("emulated_cuda"), "cpu")
     name, device = request.param, DEVICES[request.param]
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"{name} kernels: no GPU")

@@ -1,6 +1,11 @@
 // Thin wrappers of the sm_90a instructions that the kernels of this directory use.
 // Names follow the PTX ISA; every wrapper is one instruction unless it says otherwise.
+// All inline assembly stands in this file: tests/cuda_emulation has the same functions for kernels that run on a CPU.
 #pragma once
+
+#ifdef MISA_CUDA_EMULATION
+#include <emulated_ptx.h>
+#else
 
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -107,6 +112,23 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 
+// Copies kBytes, 4 or 16, to an address in shared memory if `copies`, without a branch.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_if(bool copies, uint32_t destination, const void* source) {
+  static_assert(kBytes == 4 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16;\n}\n" ::"r"(
+                     destination),
+                 "l"(source), "r"(static_cast<uint32_t>(copies))
+                 : "memory");
+  } else {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p cp.async.ca.shared.global [%0], [%1], 4;\n}\n" ::"r"(
+                     destination),
+                 "l"(source), "r"(static_cast<uint32_t>(copies))
+                 : "memory");
+  }
+}
+
 // Orders this thread's ordinary shared-memory stores before later reads by tensor cores or the copy engine.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -133,6 +155,23 @@ template <int kId, int kThreads>
 __device__ __forceinline__ void named_barrier_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
+
+// The barrier of a cluster's threads.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// ---------------------------------------------------------------- global memory
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* pointer) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+// ---------------------------------------------------------------- registers
 
 // Changes the register limit of each thread of the warpgroup; the limits of a block's warpgroups sum to what it
 // was launched with.
@@ -232,4 +271,78 @@ __device__ __forceinline__ void wgmma_m64n256k32(float (&d)[128], uint64_t a, ui
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 
+// D[64, kColumns] (+)= A[64, 32] B[kColumns, 32]^T, with fewer columns; laid out as above.
+template <int kColumns>
+__device__ __forceinline__ void wgmma_m64k32(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(kColumns == 16 || kColumns == 32 || kColumns == 64);
+  if constexpr (kColumns == 16) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, %8, %9, p, 1, 1;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  } else if constexpr (kColumns == 32) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, %16, %17, p, 1, 1;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  } else if constexpr (kColumns == 64) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, %32, %33, p, 1, 1;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
+          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
+          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
+          "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  }
+}
+
+// ---------------------------------------------------------------- mma of a warp
+
+// D[16, 8] += A[16, 16] B[16, 8], fp16 from registers, fp32 accumulators.
+__device__ __forceinline__ void mma_fp16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 16 bits; lanes 8i .. 8i + 7 point at the rows of matrix i.
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&registers)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(smem_address(row)));
+}
+
+// ---------------------------------------------------------------- stores under a condition
+
+// Stores (value, tag) at a shared-memory address and returns `step`, unless value < threshold: then 0. A NaN is not
+// below anything. Predicated, without a branch.
+__device__ __forceinline__ uint32_t store_if_not_less(
+    uint32_t address, float value, float threshold, uint32_t tag, uint32_t step) {
+  uint32_t taken;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.geu.f32 p, %2, %3;\n"
+      "@p st.shared.v2.b32 [%1], {%2, %4};\n"
+      "selp.u32 %0, %5, 0, p;\n}\n"
+      : "=r"(taken)
+      : "r"(address), "f"(value), "f"(threshold), "r"(tag), "r"(step)
+      : "memory");
+  return taken;
+}
+
 }  // namespace misa::ptx
+#endif

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "ptx.cuh"
+
 namespace misa {
 
 // Order-preserving image of a float: a < b iff key(a) < key(b); -0 equals +0 and every NaN is above +inf, as
@@ -43,7 +45,7 @@ struct SelectScratch {
 // A barrier of the block's first kThreads threads; the rest of the block takes no part in a selection.
 template <int kThreads>
 __device__ __forceinline__ void select_sync() {
-  asm volatile("bar.sync 7, %0;" ::"n"(kThreads) : "memory");
+  ptx::named_barrier_sync<7, kThreads>();
 }
 
 // Exclusive sum over the block's first kThreads threads, which all call it. `total` gets the sum of all.

@@ -1,0 +1,188 @@
+"""The decode kernels on the CPU (tests/cuda_emulation): hostile rows, and that a broken kernel is noticed.
+
+Scores are exact in fp32, so that what is selected must equal the reference's to the token.
+"""
+
+import re
+
+import pytest
+import torch
+
+from misa_vllm import reference
+from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_TOKENS, scales_view
+from misa_vllm.rows import QueryRows
+
+from .. import cuda_emulation
+from .cases import make_case, random_heads
+
+NO_BOUND = 2**31 - 1
+UNTOUCHED = -7
+
+
+def decode_select(operators, case, heads, k, visible_from=0, visible_to=NO_BOUND):
+    """Always the kernel for few rows; its workspace holds anything."""
+    out = torch.full((len(case), k + 3), UNTOUCHED, dtype=torch.int32)
+    workspace = torch.full((operators.decode_workspace_bytes(len(case)),), 0xA5, dtype=torch.uint8)
+    rows = case.rows
+    operators.decode_select(
+        case.q, case.gates, heads, case.index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, k,
+        out, visible_from, visible_to, workspace,
+    )  # fmt: skip
+    assert (out[:, k:] == UNTOUCHED).all()
+    return out[:, :k]
+
+
+def assert_equals_reference(operators, case, heads, k, **bounds):
+    want = torch.full((len(case), k), UNTOUCHED, dtype=torch.int32)
+    reference.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, k, want, **bounds)
+    torch.testing.assert_close(decode_select(operators, case, heads, k, **bounds), want, rtol=0, atol=0)
+
+
+def in_order(case):
+    """The rows of each request next to one another, as an engine has them."""
+    order = torch.argsort(case.rows.request.long() * 2**20 + case.rows.visible)
+    case.q, case.gates, case.rows = case.q[order], case.gates[order], case.rows.take(order)
+    return case
+
+
+@pytest.fixture(scope="module")
+def operators(emulated_cuda):
+    return emulated_cuda._operators()
+
+
+LONG_AND_SHORT = [[9000], [64, 65, 66], [0], [1], [2049, 2050], [700], [5000, 5001, 5002, 5003, 5004]]
+
+
+@pytest.mark.parametrize("k", [1, 63, 64, 2048])
+@pytest.mark.parametrize("multiprocessors", [1, 5, 24])
+def test_rows_of_many_lengths(operators, multiprocessors, k):
+    operators.configure(multiprocessors, seed=k)
+    case = in_order(make_case(LONG_AND_SHORT, 16, seed=k, exact=True))
+    assert_equals_reference(operators, case, random_heads(case, 8), k)
+
+
+@pytest.mark.parametrize("active_heads", [1, 2, 8, 9, 32, None])
+def test_any_number_of_heads(operators, active_heads):
+    operators.configure(6, seed=3)
+    case = in_order(make_case([[3000, 3001], [700], [129, 130, 131, 132]], 64, seed=3, exact=True))
+    heads = None if active_heads is None else random_heads(case, active_heads)
+    assert_equals_reference(operators, case, heads, 100)
+
+
+@pytest.mark.parametrize("rows_each", [2, 3, 4, 7])
+def test_speculative_rows_share_their_keys(operators, rows_each):
+    operators.configure(7, seed=rows_each)
+    lengths = [4000, 70, 1100]
+    case = in_order(make_case([[n - i for i in range(rows_each)] for n in lengths], 16, seed=rows_each, exact=True))
+    assert_equals_reference(operators, case, random_heads(case, 4), 500)
+
+
+@pytest.mark.parametrize("bound", [20_000, 1 << 20])
+def test_a_loose_bound_of_the_lengths(operators, bound):
+    """A captured graph knows the model's longest context only."""
+    operators.configure(8, seed=1)
+    case = in_order(make_case([[3000], [0], [100], [2049]], 16, exact=True))
+    case.rows = QueryRows(case.rows.block_table, case.rows.request, case.rows.visible, bound)
+    assert_equals_reference(operators, case, random_heads(case, 8), 64)
+
+
+@pytest.mark.parametrize(
+    "scores", ["constant", "negative", "infinite", "minus infinite", "nan", "nan keys", "two values", "all magnitudes"]
+)
+@pytest.mark.parametrize("multiprocessors", [1, 9])
+def test_scores_that_are_alike_or_not_finite(operators, scores, multiprocessors):
+    operators.configure(multiprocessors, seed=11)
+    case = in_order(make_case([[6000], [5999, 6001], [2100]], 8, seed=5, exact=True))
+    gates = case.gates
+    if scores == "constant":
+        gates = torch.zeros_like(gates)
+    elif scores == "negative":
+        gates = -gates.abs() - 0.25
+    elif scores == "infinite":
+        gates = torch.where(gates > 0.25, torch.inf, gates)
+    elif scores == "minus infinite":
+        gates = torch.where(gates > 0, -torch.inf, gates)
+    elif scores == "nan":
+        gates = torch.full_like(gates, torch.nan)
+    elif scores == "two values":
+        gates = torch.zeros_like(gates)
+        gates[:, 0] = 1.0
+        case.q.view(torch.uint8)[:, 0] = 0
+        case.q.view(torch.uint8)[:, 0, 5] = 0x38
+    else:
+        scales = scales_view(case.index_cache)
+        if scores == "nan keys":
+            scales[::3, ::2] = torch.nan
+        else:
+            exponents = torch.arange(scales.numel()).view(scales.shape) * 37 % 100 - 50
+            scales[:] = torch.where(scales.isnan(), scales, torch.exp2(exponents.float()))
+    case = case.with_gates(gates)
+    assert_equals_reference(operators, case, random_heads(case, 8), 2048)
+
+
+@pytest.mark.parametrize("visible_from, visible_to", [(0, 2049), (65, 66), (2050, NO_BOUND)])
+def test_only_the_rows_within_bounds(operators, visible_from, visible_to):
+    operators.configure(5, seed=2)
+    case = in_order(make_case(LONG_AND_SHORT, 8, exact=True))
+    assert_equals_reference(operators, case, None, 64, visible_from=visible_from, visible_to=visible_to)
+
+
+def test_any_order_of_events_selects_the_same(operators):
+    case = in_order(make_case([[5000, 4999], [700], [3000]], 8, seed=9, exact=True))
+    for seed in range(6):
+        operators.configure(1 + seed, seed=seed)
+        assert_equals_reference(operators, case, random_heads(case, 8), 200)
+
+
+def test_routing_and_selection_of_a_long_row(operators, emulated_cuda):
+    operators.configure(12, seed=4)
+    case = in_order(make_case([[20_000], [9000, 9001]], 32, seed=4, exact=True))
+    routed = emulated_cuda.route_heads(case.q, case.gates, case.index_cache, case.rows, 8, 1024)
+    want = reference.route_heads(case.q, case.gates, case.index_cache, case.rows, 8, 1024)
+    for mine, best in zip(routed.tolist(), want.tolist()):  # fp16 means may turn what is nearly equal
+        assert mine == sorted(set(mine)) and len(set(mine) & set(best)) >= 7
+    assert_equals_reference(operators, case, routed, 2048)
+
+
+@pytest.mark.parametrize(
+    "removed",
+    [
+        "        ptx::mbarrier_wait(&full[stage], parity);\n",
+        "    wait(part, level);\n",
+    ],
+)
+def test_a_missing_barrier_is_noticed(tmp_path, removed):
+    if cuda_emulation.find_compiler() is None:
+        pytest.skip("no C++ compiler on Linux")
+    seen = []
+
+    def edit(text):
+        seen.append(removed in text)
+        return re.sub(r"launch<(16|32|64)>", "launch<8>", text.replace(removed, ""))
+
+    broken = cuda_emulation.build(tmp_path, ["decode_select"], edit)
+    assert sum(seen) == 1, "the line to remove is not there any more"
+    case = in_order(make_case([[6000], [700, 701]], 8, exact=True))
+    noticed = 0
+    for seed in range(6):
+        broken.configure(5, seed)
+        try:
+            assert_equals_reference(broken, case, random_heads(case, 8), 600)
+        except (AssertionError, cuda_emulation.EmulationError):
+            noticed += 1
+    assert noticed, "the emulation runs as if nothing was missing"
+
+
+def test_memory_that_is_not_the_kernels_is_noticed(operators):
+    operators.configure(4, seed=0)
+    case = in_order(make_case([[700]], 8, exact=True))
+    case.rows.block_table[0, 3] = case.index_cache.shape[0] + 5
+    with pytest.raises(cuda_emulation.EmulationError, match="page"):
+        decode_select(operators, case, None, 64)
+    case = in_order(make_case([[700]], 8, exact=True))
+    short = case.rows.block_table[:, : 700 // PAGE_TOKENS].clone()
+    case.rows = QueryRows(short, case.rows.request, case.rows.visible, case.rows.max_visible)
+    with pytest.raises(cuda_emulation.EmulationError):
+        for _ in range(3):
+            decode_select(operators, case, None, 64)
+    assert INDEX_HEAD_DIM == case.q.shape[2]
