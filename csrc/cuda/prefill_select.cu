@@ -104,7 +104,13 @@ constexpr int kWindowWords = kWindow / 32;
 constexpr int kMostSelected = 16384;
 
 struct FinalShared {
-  SelectScratch scratch;
+  union {
+    SelectScratch scratch;
+    struct {
+      uint16_t bits_before[kWindowWords];
+      uint32_t window_sums[32];
+    };
+  };
   alignas(16) uint32_t words[kWindowWords];
   uint32_t lowest_key, highest_key;
 };
@@ -114,7 +120,7 @@ struct FinalShared {
 template <int kBlockThreads>
 __global__ __launch_bounds__(kBlockThreads, kBlockThreads == kFinalThreads ? 3 : 1)
 void final_kernel(const __grid_constant__ Params p) {
-  extern __shared__ uint64_t entries[];
+  extern __shared__ __align__(16) uint2 entries[];
   __shared__ FinalShared sh;
   const int lane = threadIdx.x % 32;
   const int slot = blockIdx.x;
@@ -158,7 +164,7 @@ void final_kernel(const __grid_constant__ Params p) {
   uint32_t first = threadIdx.x / 32 * 32;
   for (int split = 0; split < p.splits; ++split) {
     const uint32_t size = __shfl_sync(0xFFFFFFFFu, count, split);
-    uint64_t* const to = entries + __shfl_sync(0xFFFFFFFFu, list_begin, split);
+    uint2* const to = entries + __shfl_sync(0xFFFFFFFFu, list_begin, split);
     for (; first < size; first += kBlockThreads) {
       const uint32_t own = first + lane;
       if (own < size) ptx::cp_async<8>(to + own, lists + split * capacity + own);
@@ -168,15 +174,16 @@ void final_kernel(const __grid_constant__ Params p) {
   ptx::cp_async_wait_all();
   __syncthreads();
 
+  // From (score, position) to the halves of a rank value, the upper one in y
   uint32_t low = 0xFFFFFFFFu, high = 0;
 #pragma unroll 4
   for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
-    const uint64_t entry = entries[i];  // the position above the score's bits
-    const uint64_t value =
-        rank_value(__uint_as_float(static_cast<uint32_t>(entry)), static_cast<uint32_t>(entry >> 32));
-    entries[i] = value;
-    high = max(high, static_cast<uint32_t>(value >> 32));
-    low = min(low, static_cast<uint32_t>(value >> 32));
+    const uint2 entry = entries[i];
+    const uint64_t value = rank_value(__uint_as_float(entry.x), entry.y);
+    const auto key = static_cast<uint32_t>(value >> 32);
+    entries[i] = make_uint2(static_cast<uint32_t>(value), key);
+    high = max(high, key);
+    low = min(low, key);
   }
   low = __reduce_min_sync(0xFFFFFFFFu, low);
   high = __reduce_max_sync(0xFFFFFFFFu, high);
@@ -185,26 +192,24 @@ void final_kernel(const __grid_constant__ Params p) {
     atomicMax(&sh.highest_key, high);
   }
   __syncthreads();
+  auto value_of = [](const uint2& entry) { return (static_cast<uint64_t>(entry.y) << 32) | entry.x; };
   const uint64_t cut = kth_largest<kBlockThreads>(
       static_cast<uint64_t>(sh.lowest_key) << 32, (static_cast<uint64_t>(sh.highest_key) << 32) | 0xFFFFFFFFu, p.k,
       [&](auto&& visit) {
 #pragma unroll 4
-        for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) visit(entries[i]);
+        for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) visit(value_of(entries[i]));
       },
       sh.scratch);
   // From here on 0 stands for an entry that is not selected: its position is past any window
   for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
-    if (entries[i] < cut) entries[i] = 0;
+    if (value_of(entries[i]) < cut) entries[i] = make_uint2(0, 0);
   }
 
   // Ascending positions: a selected one comes behind as many as there are bits before its own
   constexpr int kOwnWords = kWindowWords / kBlockThreads;
-  static_assert(kOwnWords % 4 == 0 && kMostSelected <= 0xFFFF && sizeof(sh.scratch.bins) >= 2 * kWindowWords);
-  auto* const bits_before = reinterpret_cast<uint16_t*>(sh.scratch.bins);
-  // The selection takes the place of the keys, each entry's upper half
-  auto* const halves = reinterpret_cast<uint32_t*>(entries);
-  auto selected = [&](uint32_t i) -> uint32_t& { return halves[2 * i + 1]; };
-  auto position_at = [&](uint32_t i) { return 0xFFFFFFFFu - halves[2 * i]; };
+  static_assert(kOwnWords % 4 == 0 && kMostSelected <= 0xFFFF);
+  // The selection takes the place of the entries' keys
+  auto position_at = [&](uint32_t i) { return 0xFFFFFFFFu - entries[i].x; };
   uint32_t earlier = 0;  // in earlier windows
   for (uint32_t window = 0; window < static_cast<uint32_t>(visible); window += kWindow) {
     if (window > 0) {
@@ -227,23 +232,23 @@ void final_kernel(const __grid_constant__ Params p) {
       sums[i + 3] = sum += __popc(four.z);
       sum += __popc(four.w);
     }
-    const uint32_t before = block_exclusive_sum<kBlockThreads>(sum, sh.scratch.warp_sums, all);
+    const uint32_t before = block_exclusive_sum<kBlockThreads>(sum, sh.window_sums, all);
 #pragma unroll
     for (int i = 0; i < kOwnWords; ++i) {
-      bits_before[threadIdx.x * kOwnWords + i] = static_cast<uint16_t>(before + sums[i]);
+      sh.bits_before[threadIdx.x * kOwnWords + i] = static_cast<uint16_t>(before + sums[i]);
     }
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
       const uint32_t position = position_at(i), at = position - window;
       if (at < kWindow) {
         const uint32_t lower = sh.words[at / 32] & ((1u << at % 32) - 1);
-        selected(earlier + bits_before[at / 32] + __popc(lower)) = position;
+        entries[earlier + sh.bits_before[at / 32] + __popc(lower)].y = position;
       }
     }
     earlier += all;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < p.k; i += kBlockThreads) out[i] = static_cast<int32_t>(selected(i));
+  for (int i = threadIdx.x; i < p.k; i += kBlockThreads) out[i] = static_cast<int32_t>(entries[i].y);
 }
 
 // Lists every scored row as undecided, for a k that lists are not kept for; the other rows are written.
