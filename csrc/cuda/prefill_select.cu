@@ -115,8 +115,8 @@ struct FinalShared {
   uint32_t lowest_key, highest_key;
 };
 
-// One block per slot: writes the row's selection, ascending, or lists the row as undecided if one of its lists overflowed or the
-// threshold let fewer than k keys pass.
+// One block per slot: writes the row's selection, ascending, or lists the row as undecided if one of its lists
+// overflowed or the threshold let fewer than k keys pass.
 template <int kBlockThreads>
 __global__ __launch_bounds__(kBlockThreads, kBlockThreads == kFinalThreads ? 3 : 1)
 void final_kernel(const __grid_constant__ Params p) {
@@ -356,8 +356,8 @@ Plan make_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visible, int 
                          (split_time(tiles, pages, plan.splits, multiprocessors) + kLaunchOverheadPages);
     if (time >= best_time) continue;
     best_time = time;
-    const int64_t sampled_rows =
-        plan.num_samples == 0 ? kMaxLaunchRows : kRegionBytes / (plan.num_samples * static_cast<int64_t>(sizeof(float)));
+    const auto sample_bytes = static_cast<int64_t>(plan.num_samples * sizeof(float));
+    const int64_t sampled_rows = sample_bytes == 0 ? kMaxLaunchRows : kRegionBytes / sample_bytes;
     const int64_t together = std::max<int64_t>(1, std::min<int64_t>(sampled_rows, kMaxLaunchRows) / plan.launch_rows);
     plan.group_rows = static_cast<int>(together * plan.launch_rows);
     const int64_t sampled_tiles = std::min(all_tiles, together * tiles);
@@ -478,7 +478,8 @@ void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap
     } else {
       launch_simple("prefill selection", undecided_kernel, dim3(group.num_rows), kFinalThreads, stream, group);
     }
-    group.splits = best_splits(ceil_div(group.dense_rows, kTileRows), group.dense_stride / kPageTokens, multiprocessors);
+    group.splits =
+        best_splits(ceil_div(group.dense_rows, kTileRows), group.dense_stride / kPageTokens, multiprocessors);
     launch(repair_kernel<kHeads>, multiprocessors, kThreads, kShared, stream, kTogether, page_map, group);
   }
 }
