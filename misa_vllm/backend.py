@@ -19,10 +19,12 @@ from vllm.v1.attention.backend import (
     MLAAttentionImpl,
 )
 
-from misa_vllm import metrics, seam
+from misa_vllm import metrics
 from misa_vllm.index_cache import PAGE_TOKENS
 from misa_vllm.kernels import choose_kernels
 from misa_vllm.rows import QueryRows
+from misa_vllm.seam import BACKEND_NAME, settings_for
+from misa_vllm.seam.platform import stock_sparse_mla_backend
 
 
 @dataclass
@@ -45,7 +47,7 @@ class MISAMetadataBuilder(AttentionMetadataBuilder[MISAMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.settings = seam.settings_for(vllm_config)
+        self.settings = settings_for(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -75,7 +77,19 @@ class MISAMetadataBuilder(AttentionMetadataBuilder[MISAMetadata]):
         )
 
 
-class MISABackend(AttentionBackend):
+class _PagedBackend(AttentionBackend):
+    """What the CPU engine's caches have in common: our metadata, and pages of 64 tokens."""
+
+    @staticmethod
+    def get_builder_cls() -> type[MISAMetadataBuilder]:
+        return MISAMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
+        return [PAGE_TOKENS]
+
+
+class MISABackend(_PagedBackend):
     """The attention backend that vLLM's option `misa` names.
 
     On CUDA vLLM asks `validate_configuration`, then resolves `full_cls_name`: both answer for the stock backend.
@@ -88,19 +102,11 @@ class MISABackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return seam.BACKEND_NAME
+        return BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type["SparseMLAImpl"]:
         return SparseMLAImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[MISAMetadataBuilder]:
-        return MISAMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
-        return [PAGE_TOKENS]
 
     @classmethod
     def is_mla(cls) -> bool:
@@ -113,9 +119,7 @@ class MISABackend(AttentionBackend):
     @classmethod
     def validate_configuration(cls, *, device_capability, **selector_fields) -> list[str]:
         """Reasons why this layer cannot be served, none if a stock backend can."""
-        cls._stock, reasons = seam.stock_sparse_mla_backend(
-            device_capability, seam.selector_config(**selector_fields)
-        )
+        cls._stock, reasons = stock_sparse_mla_backend(device_capability, **selector_fields)
         return reasons
 
     @classmethod
@@ -123,7 +127,7 @@ class MISABackend(AttentionBackend):
         return super().full_cls_name() if cls._stock is None else cls._stock.full_cls_name()
 
 
-class MISAIndexerBackend(AttentionBackend):
+class MISAIndexerBackend(_PagedBackend):
     """Storage of the index keys on CPU; its layers never attend."""
 
     @staticmethod
@@ -133,14 +137,6 @@ class MISAIndexerBackend(AttentionBackend):
     @staticmethod
     def get_impl_cls():
         raise NotImplementedError("the index cache has no attention implementation")
-
-    @staticmethod
-    def get_builder_cls() -> type[MISAMetadataBuilder]:
-        return MISAMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
-        return [PAGE_TOKENS]
 
 
 class SparseMLAImpl(MLAAttentionImpl[MISAMetadata]):
@@ -167,7 +163,7 @@ class SparseMLAImpl(MLAAttentionImpl[MISAMetadata]):
         **mla_args,
     ) -> None:
         if alibi_slopes or sliding_window or logits_soft_cap or kv_sharing_target_layer_name:
-            raise NotImplementedError("alibi, sliding windows, logit soft caps and shared KV do not occur in DSA models")
+            raise NotImplementedError("DSA models have no alibi, sliding windows, logit soft caps or shared KV")
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

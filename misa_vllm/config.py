@@ -31,13 +31,13 @@ class MISAOptions(BaseModel):
 
     policy: str = "misa"
     """Who selects tokens, a name in `misa_vllm.policies.POLICIES`: routed heads ("misa"), routed heads re-ranked by all
-    heads ("hierarchical"), or all heads, exact DSA ("dsa")."""
+    heads ("hierarchical"), all heads, exact DSA ("dsa"), or all heads inside the best blocks ("hisa", to compare)."""
     active_heads: int | None = Field(default=None, ge=1)
     """h: indexer heads that score for a query. Default 8."""
     pool_block: int | None = Field(default=None, ge=PAGE_TOKENS)
     """B: tokens whose keys are averaged for the router; a multiple of the 64-token page. Default 1024."""
     candidates: int | None = Field(default=None, ge=1)
-    """C: tokens that hierarchical MISA re-ranks with all heads. Default 8192."""
+    """C: tokens that hierarchical MISA re-ranks with all heads, and that HISA's blocks hold. Default 8192."""
     min_context: int | None = Field(default=None, ge=0)
     """Tokens a query must see before its heads are routed; below it exact DSA runs."""
     audit_every: int = Field(default=0, ge=0)
@@ -138,6 +138,7 @@ def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings
         raise MISAConfigError(
             f"candidates={settings.candidates} is less than the {topk} tokens the model selects: choose at least {topk}"
         )
+    POLICIES[settings.policy].check(settings)
     return settings
 
 

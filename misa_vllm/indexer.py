@@ -1,5 +1,7 @@
 """One layer's indexer: keep the statistics current, let the policy select."""
 
+from collections.abc import Callable
+
 import torch
 
 from misa_vllm import metrics
@@ -16,6 +18,8 @@ class Indexer:
         self.settings = settings
         self.kernels = choose_kernels(device_type)
         self.policy = make_policy(settings)
+        self.observer: Callable[[IndexerStep, torch.Tensor], None] | None = None
+        """Called with every step and its selection; for tools that measure, unset in serving."""
 
     def write_keys(self, k: torch.Tensor, index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Quantise index keys k [T, 128] into the cache (CPU; on GPUs vLLM's fused kernel has done it)."""
@@ -34,6 +38,15 @@ class Indexer:
         self.policy.select(step, out)
         if self.settings.audit_every:
             metrics.audit(self.settings, step, out)
+        if self.observer is not None:
+            self.observer(step, out)
+
+    def observe(
+        self, q: torch.Tensor, gates: torch.Tensor, index_cache: torch.Tensor, rows: QueryRows, selected: torch.Tensor
+    ) -> None:
+        """Show the observer, if there is one, a selection that vLLM's own kernels made; arguments as in `select`."""
+        if self.observer is not None:
+            self.observer(IndexerStep(q, gates, index_cache, rows, self.kernels), selected)
 
     def reserve(self, max_rows: int, max_visible: int, device: torch.device) -> None:
         """Allocate and drop what a step of `max_rows` queries may need, so that memory profiling counts it."""

@@ -7,8 +7,9 @@ layer has been built yet. The extensions act only under `--attention-backend mis
 
 from vllm.models.deepseek_v32 import DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
 
-from misa_vllm import seam
+from misa_vllm.backend import MISAIndexerBackend
+from misa_vllm.seam.indexer import extend_indexer
 
-seam.extend_indexer()
+extend_indexer(cpu_storage=MISAIndexerBackend)
 
 __all__ = ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"]

@@ -7,6 +7,7 @@ def register() -> None:
     Imports neither a GPU runtime nor model code, and changes nothing for users of other backends.
     """
     from misa_vllm import seam
+    from misa_vllm.seam.platform import extend_platform
 
     problem = seam.version_problem()
     if problem is not None:
@@ -16,4 +17,4 @@ def register() -> None:
         return
     seam.register_backend()
     seam.register_architectures()
-    seam.extend_platform()
+    extend_platform()

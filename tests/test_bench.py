@@ -153,7 +153,7 @@ def test_unwritable_output(command, capsys, tmp_path):
 def test_stock_kernels_say_what_they_need():
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
-    from misa_vllm.seam import stock_indexer_kernels
+    from misa_vllm.seam.stock_kernels import stock_indexer_kernels
 
     with pytest.raises(RuntimeError, match="^stock vLLM's indexer needs CUDA and DeepGEMM.*$"):
         stock_indexer_kernels(torch.device("cpu"))
@@ -412,7 +412,7 @@ def on_cpu(monkeypatch):
         return {name: Timing(300.0 if name[0] == "stock" else 100.0, 400.0, repeats) for name in passes}
 
     monkeypatch.setattr(indexers, "available_kernels", lambda names, device: ({"triton": reference}, ["cuda: none"]))
-    monkeypatch.setattr("misa_vllm.seam.stock_indexer_kernels", lambda device: DenseStock())
+    monkeypatch.setattr("misa_vllm.seam.stock_kernels.stock_indexer_kernels", lambda device: DenseStock())
     monkeypatch.setattr(timing, "time_in_turn", time_in_turn)
     monkeypatch.setattr(kernels, "PREFILL_CALLS", 2)
     monkeypatch.setattr(kernels, "DECODE_CALLS", range(2, 3))

@@ -42,7 +42,8 @@ def test_route_from_is_a_position(options, expected):
     ("options", "named"),
     [
         ({"pool_blok": 64}, ["pool_blok", "pool_block"]),
-        ({"policy": "hisa"}, ["policy", "misa", "hierarchical", "dsa"]),
+        ({"policy": "lisa"}, ["policy", "misa", "hierarchical", "dsa", "hisa"]),
+        ({"policy": "hisa", "candidates": 2050}, ["candidates=2050", "multiple of 128"]),
         ({"active_heads": 0}, ["active_heads", "1"]),
         ({"active_heads": 65}, ["active_heads=65", "1 to 64"]),
         ({"active_heads": "many"}, ["active_heads", "integer"]),
@@ -81,4 +82,4 @@ def test_other_head_dim():
 
 def test_a_policy_says_itself_whether_it_routes():
     routing = {name: resolve_settings({"policy": name}, model()).routes_heads for name in POLICIES}
-    assert routing == {"misa": True, "hierarchical": True, "dsa": False}
+    assert routing == {"misa": True, "hierarchical": True, "dsa": False, "hisa": True}

@@ -324,8 +324,9 @@ __device__ __forceinline__ void empty_all_queues(const Params& p, Shared<kHeads>
       const uint32_t emptied = sh.queues_emptied[warp];
       if (emptied == kNoMoreQueues) continue;
       ++working;
-      const bool handed = ptx::mbarrier_test(&sh.handed[emptied % 2][warp], emptied / 2 % 2);
-      if (!__all_sync(0xFFFFFFFFu, handed)) continue;  // nothing else says that lanes see the same
+      // one decision of the whole warp: nothing promises that its lanes find the same
+      const bool is_handed = ptx::mbarrier_test(&sh.handed[emptied % 2][warp], emptied / 2 % 2);
+      if (!__all_sync(0xFFFFFFFFu, is_handed)) continue;
       const bool more = empty_queues(p, warp, emptied % 2, sh);
       __syncwarp();
       if (threadIdx.x % 32 == 0) {

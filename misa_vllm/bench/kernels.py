@@ -147,7 +147,7 @@ class Benchmark:
         if not self.kernels:
             raise BenchmarkError(f"none of our kernels run here: {'; '.join(self.left_out)}")
         try:
-            from misa_vllm.seam import stock_indexer_kernels
+            from misa_vllm.seam.stock_kernels import stock_indexer_kernels
 
             self.stock = stock_indexer_kernels(self.device)
         except (RuntimeError, ImportError) as error:

@@ -1,10 +1,12 @@
-"""`misa-eval NAME`: what MISA keeps of DSA on a checkpoint. A tool is a module with `add_arguments(parser)` and `run(args)`.
+"""`misa-eval NAME`: what MISA keeps of DSA on a checkpoint.
 
-`run` returns the exit code (None: 0) and raises `EvalError` where the tool cannot run, which is exit code 2.
+A tool is a module with `add_arguments(parser)` and `run(args)`. `run` returns the exit code (None: 0) and raises
+`EvalError` where the tool cannot run, which is exit code 2.
 """
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +23,7 @@ TOOLS = {
 
 def parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The command line; only the tool `chosen` is imported and has its arguments."""
-    result = argparse.ArgumentParser(prog="misa-eval", description=__doc__.partition(".")[0])
+    result = argparse.ArgumentParser(prog="misa-eval", description=__doc__.partition(": ")[2].partition(".")[0])
     commands = result.add_subparsers(dest="tool", required=True)
     for name, (module_name, summary) in TOOLS.items():
         if name != chosen:
@@ -36,6 +38,7 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the results alone go to stdout
     args = parser(arguments[0] if arguments else None).parse_args(arguments)
     try:
         return args.run(args) or 0

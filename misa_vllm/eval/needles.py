@@ -45,7 +45,12 @@ class Needle:
     @property
     def question(self) -> str:
         """What follows the text; a right answer goes on with the code."""
-        return f"Question: What is the access code of the {self.name}?\nAnswer: The access code of the {self.name} is"
+        return f"Question: {self.chat_question}\nAnswer: The access code of the {self.name} is"
+
+    @property
+    def chat_question(self) -> str:
+        """What a user asks in a chat after the text."""
+        return f"What is the access code of the {self.name}?"
 
     def is_answered_by(self, answer: str) -> bool:
         """Whether the first number in `answer` is the code."""

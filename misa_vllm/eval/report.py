@@ -1,5 +1,6 @@
 """What the fidelity tools share: what stops one, and which machine and versions its figures belong to."""
 
+import hashlib
 import os
 import platform
 from datetime import datetime
@@ -52,3 +53,8 @@ def require_folder(folder: Path | None) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise EvalError(f"--output {folder} cannot be written: name a folder that you may write to")
+
+
+def described(file: Path) -> dict[str, str]:
+    """Names a file that figures depend on, wherever it lies."""
+    return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}

@@ -62,6 +62,8 @@ class TinySize:
 
     architecture: str = "deepseek"
     layers: int = 2
+    mtp_layers: int = 0
+    """Layers behind these that draft further tokens (multi-token prediction), for speculative decoding."""
     hidden: int = 256
     intermediate: int = 512
     heads: int = 4
@@ -87,7 +89,7 @@ class TinySize:
             raise ValueError(f"architecture {self.architecture!r} is unknown: choose {' or '.join(ARCHITECTURES)}")
         for field in fields(self):
             value = getattr(self, field.name)
-            may_be_zero = field.name in ("index_heads", "seed")
+            may_be_zero = field.name in ("index_heads", "mtp_layers", "seed")
             if field.type is int and value < (0 if may_be_zero else 1):
                 raise ValueError(f"{field.name} is {value}: choose {'0 or more' if may_be_zero else '1 or more'}")
         if self.vocab < SMALLEST_VOCABULARY:
@@ -137,7 +139,7 @@ def model_config(size: TinySize, vocab: int) -> dict:
         "hidden_size": size.hidden,
         "intermediate_size": size.intermediate,
         "num_hidden_layers": size.layers,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": size.mtp_layers,
         "num_attention_heads": size.heads,
         "num_key_value_heads": size.heads,
         "q_lora_rank": size.q_lora_rank,
@@ -148,7 +150,7 @@ def model_config(size: TinySize, vocab: int) -> dict:
         "index_n_heads": size.index_heads_resolved,
         "index_head_dim": size.index_head_dim,
         "index_topk": size.topk,
-        "first_k_dense_replace": size.layers,
+        "first_k_dense_replace": size.layers + size.mtp_layers,
         "n_routed_experts": 1,
         "n_shared_experts": 1,
         "num_experts_per_tok": 1,
@@ -187,8 +189,8 @@ def weights(size: TinySize, vocab: int) -> Iterator[tuple]:
 
     heads, head_dim = size.heads, size.nope_head_dim + size.rope_head_dim
     index_heads = size.index_heads_resolved
-    yield random("model.embed_tokens.weight", vocab, size.hidden, math.sqrt(size.hidden))
-    for layer in range(size.layers):
+
+    def decoder_layer(layer: int) -> Iterator[tuple]:
         block = f"model.layers.{layer}"
         attention = f"{block}.self_attn"
         yield ones(f"{block}.input_layernorm.weight", size.hidden)
@@ -215,8 +217,25 @@ def weights(size: TinySize, vocab: int) -> Iterator[tuple]:
         for projection in ("gate_proj", "up_proj"):
             yield random(f"{block}.mlp.{projection}.weight", size.intermediate, size.hidden)
         yield random(f"{block}.mlp.down_proj.weight", size.hidden, size.intermediate)
+
+    embedding = random("model.embed_tokens.weight", vocab, size.hidden, math.sqrt(size.hidden))
+    head = random("lm_head.weight", vocab, size.hidden, LOGIT_STD)
+    yield embedding
+    for layer in range(size.layers):
+        yield from decoder_layer(layer)
+    for layer in range(size.layers, size.layers + size.mtp_layers):
+        # The model's first layer, given the newest token's embedding and the model's head: a draft that leaves out
+        # what the other layers do, so it is right now and then.
+        block = f"model.layers.{layer}"
+        for name, tensor in decoder_layer(0):
+            yield name.replace("model.layers.0", block), tensor
+        yield f"{block}.embed_tokens.weight", embedding[1].clone()
+        yield f"{block}.eh_proj.weight", torch.eye(size.hidden, 2 * size.hidden, dtype=torch.bfloat16)
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            yield ones(f"{block}.{norm}.weight", size.hidden)
+        yield f"{block}.shared_head.head.weight", head[1].clone()
     yield ones("model.norm.weight", size.hidden)
-    yield random("lm_head.weight", vocab, size.hidden, LOGIT_STD)
+    yield head
 
 
 def write_model(folder: Path, size: TinySize) -> dict:

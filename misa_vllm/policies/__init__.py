@@ -4,9 +4,10 @@ from misa_vllm.config import IndexerSettings
 from misa_vllm.policies.base import IndexerStep, Policy
 from misa_vllm.policies.dsa import DSA
 from misa_vllm.policies.hierarchical import HierarchicalMISA
+from misa_vllm.policies.hisa import HISA
 from misa_vllm.policies.misa import MISA
 
-POLICIES: dict[str, type[Policy]] = {"misa": MISA, "hierarchical": HierarchicalMISA, "dsa": DSA}
+POLICIES: dict[str, type[Policy]] = {"misa": MISA, "hierarchical": HierarchicalMISA, "dsa": DSA, "hisa": HISA}
 
 
 def make_policy(settings: IndexerSettings) -> Policy:

@@ -55,6 +55,10 @@ class Policy(ABC):
     def __init__(self, settings: IndexerSettings) -> None:
         self.settings = settings
 
+    @classmethod
+    def check(cls, settings: IndexerSettings) -> None:
+        """Raise MISAConfigError, one line that says what to change, where the policy cannot run under `settings`."""
+
     @property
     def widest_selection(self) -> int:
         """The most tokens that one selection of this policy keeps per row."""

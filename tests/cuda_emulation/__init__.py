@@ -15,12 +15,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
-
-from misa_vllm.kernels.checks import TensorChecks
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -168,6 +167,6 @@ def launchers(operators: Operators) -> ModuleType:
     spec = importlib.util.find_spec("misa_vllm.kernels.cuda")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module._operators = lambda: operators
-    module.TensorChecks = lambda operator, device_type: TensorChecks(operator, "cpu")
+    module._EXTENSION = SimpleNamespace(operators=operators)
+    module._DEMANDS = replace(module._DEMANDS, device_type="cpu")
     return module

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+from contextlib import ExitStack, contextmanager
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -14,8 +15,8 @@ from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod  # noqa: E402
 
-from misa_vllm.indexer import Indexer  # noqa: E402
 from misa_vllm.models import tiny  # noqa: E402
+from tests.engine.recorder import Recorder  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 # vLLM's own kernels on GPUs want a power of two they were built for, and the attention head counts of real models
@@ -45,8 +46,8 @@ def glm_model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("models") / "glm", architecture="glm")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def row_by_row_products():
+@contextmanager
+def products_row_by_row():
     """Compute every matrix product of the model one row at a time.
 
     How a BLAS library rounds a row depends on how many rows it was given, so hidden states, and with them
@@ -74,39 +75,52 @@ def row_by_row_products():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def row_by_row_products():
+    with products_row_by_row():
+        yield
+
+
+@contextmanager
+def offline_engine(model: str, misa: dict | None, **options):
+    """vLLM's `LLM`, stock (`misa` None) or under the backend with these options; it leaves nothing behind."""
+    if misa is not None:
+        options |= {"attention_backend": "misa", "additional_config": {"misa": misa}}
+    llm = LLM(model, **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def greedy(llm: LLM, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """The prompts' greedy continuations."""
+    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
 class Engine:
-    """vLLM's offline engine under `misa`, with the selections of every layer recorded."""
+    """An engine under `misa` whose pool blocks are pages, with the selections of every layer recorded."""
 
     def __init__(self, model: str, misa: dict, **options) -> None:
-        self.llm = LLM(
-            model,
-            attention_backend="misa",
-            additional_config={"misa": {"pool_block": 64, **misa}},
-            **{  # fmt: skip
-                "max_model_len": 8192, "max_num_seqs": 8, "max_num_batched_tokens": 8192, "enforce_eager": True,
-                **ON_DEVICE, **options,
-            },
+        sizes = {"max_model_len": 8192, "max_num_seqs": 8, "max_num_batched_tokens": 8192, "enforce_eager": True}
+        self._running = ExitStack()
+        self.llm = self._running.enter_context(
+            offline_engine(model, {"pool_block": 64, **misa}, **{**sizes, **ON_DEVICE, **options})
         )
-        self.layers: list[int] = []
-        self.selected: list[dict[int, set[int]]] = []
-        self.history: list[list[tuple[int, frozenset[int]]]] = []
-        self._select = Indexer.select
-        engine = self
+        self.recorder = Recorder()
 
-        def record(indexer, q, gates, index_cache, rows, out):
-            engine._select(indexer, q, gates, index_cache, rows, out)
-            if id(indexer) not in engine.layers:
-                engine.layers.append(id(indexer))
-                engine.selected.append({})
-                engine.history.append([])
-            number = engine.layers.index(id(indexer))
-            for visible, tokens in zip(rows.visible.tolist(), out.tolist(), strict=True):
-                if visible:  # rows that pad a batch see nothing
-                    chosen = frozenset(token for token in tokens if token >= 0)
-                    engine.selected[number][visible - 1] = chosen
-                    engine.history[number].append((visible - 1, chosen))
+    @property
+    def selected(self) -> list[dict[int, frozenset[int]]]:
+        return self.recorder.selected
 
-        Indexer.select = record
+    @property
+    def history(self) -> list[list[tuple[int, frozenset[int]]]]:
+        return self.recorder.history
 
     @property
     def scheduler(self):
@@ -116,6 +130,12 @@ class Engine:
     def free_pages(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
+    @property
+    def index_caches(self) -> list[torch.Tensor]:
+        """Every indexer layer's cache, uint8 [pages, page_bytes], in the order of the model's layers."""
+        layers = self.llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        return [layer.index_cache for name, layer in layers.items() if name.endswith("indexer.k_cache")]
+
     def set_chunk(self, tokens: int) -> None:
         """Schedule at most `tokens` tokens a step from now on."""
         self.scheduler.max_num_scheduled_tokens = tokens
@@ -124,25 +144,14 @@ class Engine:
         assert self.llm.reset_prefix_cache()
 
     def generate(self, prompts: list[list[int]], tokens: int = 8) -> list[list[int]]:
-        """Greedy continuations.
-
-        `selected` then holds one {position: tokens} per layer, of the query computed last at a position, and
-        `history` the (position, tokens) of every query computed, in order.
-        """
-        for layer in (*self.selected, *self.history):
-            layer.clear()
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True),
-            use_tqdm=False,
-        )
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        """Greedy continuations; the recorder then holds what was selected on the way."""
+        self.recorder.clear()
+        return greedy(self.llm, prompts, tokens)
 
     def close(self) -> None:
-        Indexer.select = self._select
+        self.recorder.close()
         del self.llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        self._running.close()
 
 
 @pytest.fixture(scope="module")

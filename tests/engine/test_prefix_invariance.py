@@ -13,21 +13,27 @@ from tests.engine.conftest import ON_GPU, TOPK, random_prompt
 PROMPT = TOPK + 636  # several pages and pool blocks past top-k, and a partial page at the end
 
 
-@pytest.fixture(scope="module", params=["misa", "hierarchical"])
+@pytest.fixture(scope="module", params=["misa", "hierarchical", "hisa"])
 def engine(request, start_engine, deepseek_model):
     options = {"policy": request.param, "active_heads": 8}
     if request.param == "hierarchical":
         options["candidates"] = 2 * TOPK
+    elif request.param == "hisa":
+        options["candidates"] = (TOPK // 128 + 3) * 128  # blocks: the first, the newest and the best of the others
     return start_engine(deepseek_model, options)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def whole(engine):
     """Tokens and selections with the prompt prefilled in one step."""
-    engine.set_chunk(8192)
-    engine.forget_prefixes()
     tokens = engine.generate([random_prompt(PROMPT)])
     return tokens, copy.deepcopy(engine.selected)
+
+
+@pytest.fixture(autouse=True)
+def nothing_computed_yet(engine, whole):
+    engine.set_chunk(8192)
+    engine.forget_prefixes()
 
 
 def assert_same(selected, expected):
@@ -46,7 +52,6 @@ def test_routing_is_active_and_selects_topk(engine, whole):
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
 def test_chunked_prefill_equals_whole(engine, whole, chunk):
-    engine.forget_prefixes()
     engine.set_chunk(chunk)
     tokens = engine.generate([random_prompt(PROMPT)])
     assert_same(engine.selected, whole[1])
@@ -55,7 +60,6 @@ def test_chunked_prefill_equals_whole(engine, whole, chunk):
 
 def test_decode_equals_prefill(engine, whole):
     continued = random_prompt(PROMPT) + whole[0][0]
-    engine.forget_prefixes()
     engine.generate([continued], tokens=1)
     decoded = [{position: layer[position] for position in range(PROMPT, PROMPT + 7)} for layer in whole[1]]
     assert_same(engine.selected, decoded)
@@ -63,7 +67,6 @@ def test_decode_equals_prefill(engine, whole):
 
 def test_prefix_hit_equals_whole(engine, whole):
     prompt = random_prompt(PROMPT)
-    engine.forget_prefixes()
     engine.generate([prompt[:-200]], tokens=1)
     tokens = engine.generate([prompt])
     hit = min(engine.selected[0])
@@ -81,4 +84,27 @@ def test_batch_equals_alone(engine, whole):
     engine.forget_prefixes()
     engine.set_chunk(256)
     together = engine.generate(prompts)
+    assert ON_GPU or together == alone
+
+
+def test_unused_bytes_of_the_cache_do_not_matter(engine, whole):
+    for cache in engine.index_caches:
+        cache.fill_(0xFF)  # NaN, read as a key, a scale or a mean
+    tokens = engine.generate([random_prompt(PROMPT)])
+    assert_same(engine.selected, whole[1])
+    assert ON_GPU or tokens == whole[0]
+
+
+def test_lengths_at_every_border(engine):
+    """Around a page, top-k and two pages: as a batch and alone."""
+    lengths = sorted({1, 63, 64, 65, TOPK - 1, TOPK, TOPK + 1, 127, 128, 129})
+    prompts = [random_prompt(length, seed=length) for length in lengths]
+    together = engine.generate(prompts, tokens=3)
+    for layer in engine.history:
+        assert len(layer) == sum(lengths) + 2 * len(lengths)
+        for position, tokens in layer:
+            assert len(tokens) == min(position + 1, TOPK)
+            assert max(tokens) <= position
+    engine.forget_prefixes()
+    alone = [engine.generate([prompt], tokens=3)[0] for prompt in prompts]
     assert ON_GPU or together == alone

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.engine.conftest import deepseek_model, glm_model, start_engine  # noqa: F401
+from tests.engine.conftest import deepseek_model, glm_model  # noqa: F401
 
 
 def pytest_collection_modifyitems(items):

@@ -47,7 +47,7 @@ def in_order(case):
 
 @pytest.fixture(scope="module")
 def operators(emulated_cuda):
-    return emulated_cuda._operators()
+    return emulated_cuda._EXTENSION.operators
 
 
 LONG_AND_SHORT = [[9000], [64, 65, 66], [0], [1], [2049, 2050], [700], [5000, 5001, 5002, 5003, 5004]]

@@ -1,0 +1,52 @@
+"""Checkpoints that travel: float32 weights in a few files of bounded size, and a page that says what they are.
+
+The optimizer's state is left out (it is three times the weights); a resumed run raises its learning rate again from
+zero while the state builds up, over `run.REWARM_STEPS` steps.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from misa_vllm.train.model import DsaModel, ModelSize
+
+STATE = "state.json"
+LARGEST_FILE = 15_000_000
+
+
+def save(folder: Path, model: DsaModel, state: dict) -> list[Path]:
+    """Write weights-0.bin .. weights-N.bin and state.json into `folder`; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STATE).unlink(missing_ok=True)  # weights without their page are no checkpoint
+    flat = torch.cat([p.detach().float().flatten().cpu() for p in model.state_dict().values()]).numpy()
+    count = math.ceil(flat.nbytes / LARGEST_FILE)
+    files = []
+    for number, part in enumerate(np.array_split(flat, count)):
+        files.append(folder / f"weights-{number}.bin")
+        files[-1].write_bytes(part.astype("<f4").tobytes())
+    page = {"size": model.size.as_dict(), "weights": [file.name for file in files], **state}
+    (folder / STATE).write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
+    return [*files, folder / STATE]
+
+
+def load(folder: Path, device="cpu") -> tuple[DsaModel, dict]:
+    """The model and the page of a checkpoint.
+
+    Raises:
+        ValueError: there is none, or files of it are missing or damaged; one line.
+    """
+    try:
+        page = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        model = DsaModel(ModelSize(**page["size"]))
+        flat = np.concatenate([np.fromfile(folder / name, dtype="<f4") for name in page["weights"]])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} holds no whole checkpoint ({error}): name one that training wrote") from error
+    tensors = model.state_dict()
+    if sum(t.numel() for t in tensors.values()) != len(flat):
+        raise ValueError(f"the weights in {folder} do not fit its {STATE}: copy all its files again")
+    parts = torch.from_numpy(flat).split([t.numel() for t in tensors.values()])
+    model.load_state_dict({name: part.view_as(t) for (name, t), part in zip(tensors.items(), parts, strict=True)})
+    return model.to(device), page

@@ -1,0 +1,366 @@
+"""The training loop: stages by the clock, batches made by other processes, curves, checkpoints.
+
+Time is the budget. `progress` runs from 0 to 1 over the whole training; a run takes it from where its checkpoint
+stands to `--until` in the minutes it has, whatever the machine's speed, so stages keep their shares and the learning
+rate has fallen when training ends.
+"""
+
+import json
+import math
+import multiprocessing
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from misa_vllm.train import batches, checkpoint, kernels
+from misa_vllm.train.batches import Batch
+from misa_vllm.train.evaluate import DEPTHS, autocast, needle_accuracy, perplexity
+from misa_vllm.train.model import DENSE, SPARSE, DsaModel
+from misa_vllm.train.optim import Optimizer
+from misa_vllm.train.plan import Plan, Stage
+from misa_vllm.train.tasks import NOT_SCORED, TASKS, WEIGHT_UNIT, Corpus
+
+WARM_STEPS = 100  # of a fresh run: the learning rate rises from zero
+REWARM_STEPS = 40  # of a resumed run, and of every stage that starts to train other parameters
+SAVE_SECONDS = 120  # between checkpoints, so that a run that breaks off loses little
+LONG_PROMPT = 40_000  # tokens from which an evaluation takes three depths, one needle each
+CURVES = "curves.jsonl"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one run may do."""
+
+    data: Path
+    out: Path
+    minutes: float = 10.0
+    until: float = 1.0
+    """Progress at which the run ends."""
+    steps: int = 0
+    """Instead of by the clock: this many steps from progress 0 to 1 (for tests); the run does its part of them."""
+    resume: Path | None = None
+    workers: int = 0
+    device: str = "cpu"
+    seed: str = "misa"
+    compile: bool = False
+    smoke: int = 0
+    """Steps per stage of a smoke run: every stage at its full length, no schedule."""
+    log_seconds: float = 3.0
+    eval_needles: int = 2
+    """Needles per depth and length of the evaluation after a stage; the last one takes four times as many."""
+    eval_lengths: tuple[int, ...] = ()
+    finish_seconds: float = 25.0
+    """Kept for the last evaluation and the checkpoint."""
+
+
+# ---------------------------------------------------------------- one step
+
+
+class Trainer:
+    """A model with its optimizer, and what the curves need of every step."""
+
+    def __init__(self, plan: Plan, model: DsaModel, device: torch.device) -> None:
+        self.plan, self.model, self.device = plan, model, device
+        self.optimizer: Optimizer | None = None
+        self.index_optimizer: Optimizer | None = None
+        self.sums = torch.zeros(3, len(TASKS), dtype=torch.float64, device=device)
+        self.kl_sum = torch.zeros(2, device=device)
+        self.norm = torch.zeros((), device=device)
+
+    def prepare(self, stage: Stage) -> None:
+        """Choose what learns in `stage`; an optimizer that is in use already keeps its state."""
+        plan = self.plan
+        if not stage.train_model:
+            self.optimizer = None
+        elif self.optimizer is None:
+            main = _Part(self.model, indexer=False)
+            self.optimizer = Optimizer(main, plan.muon_rate, plan.adam_rate)
+        if stage.kl_rows and self.index_optimizer is None:
+            part = _Part(self.model, indexer=True)
+            self.index_optimizer = Optimizer(part, plan.index_rate * plan.muon_rate, plan.index_rate * plan.adam_rate)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(bool(stage.kl_rows) if ".indexer." in name else stage.train_model)
+
+    def step(self, stage: Stage, batch: Batch, scale: float) -> None:
+        """One update; sums for the curves stay on the device, so that nothing waits for it."""
+        sample, context = batch.sample, stage.context
+        tokens = _to(sample.tokens.astype(np.int32), self.device).long()
+        weights = _to(sample.weights[:, 1 + context :], self.device).flatten().float() / WEIGHT_UNIT
+        tasks = _to(sample.tasks[:, 1 + context :], self.device).flatten().long()
+        positions = _to(batch.positions, self.device)
+        kl_rows = None if batch.rows is None else _to(batch.rows, self.device)
+        with autocast(self.device):
+            hidden, kl = self.model(tokens[:, :-1], stage.mode, kl_rows, stage.full_kl, context, positions)
+            with torch.set_grad_enabled(stage.train_model):
+                losses, right = self.model.token_losses(hidden, tokens[:, 1 + context :])
+        loss = (losses * weights).sum() / weights.sum()
+        total = loss * stage.train_model + (kl if kl_rows is not None else 0.0)
+        total.backward()
+        with torch.no_grad():
+            scored = tasks != NOT_SCORED
+            slots = tasks.where(scored, 0)
+            for row, values in enumerate((losses, right, torch.ones_like(losses))):
+                self.sums[row].index_add_(0, slots, values.double() * scored)
+            self.kl_sum += torch.stack([kl.detach().float(), kl.new_ones((), dtype=torch.float32)])
+        if self.optimizer:
+            self.norm = self.optimizer.step(scale)
+        if self.index_optimizer and stage.kl_rows:
+            self.index_optimizer.step(scale)
+
+    def take_figures(self) -> dict:
+        """Means since the last call: loss and share of right tokens per task, the indexer's loss."""
+        loss, right, count = self.sums.cpu().tolist()
+        kl, steps = self.kl_sum.tolist()
+        self.sums.zero_()
+        self.kl_sum.zero_()
+        figures = {"kl": kl / max(1, steps), "norm": float(self.norm)}
+        for number, task in enumerate(TASKS):
+            if count[number]:
+                figures[task] = round(loss[number] / count[number], 4)
+                figures[f"{task}_right"] = round(right[number] / count[number], 4)
+        return figures
+
+
+class _Part(torch.nn.Module):
+    """The indexers' parameters of a model, or all others, for an optimizer of their own."""
+
+    def __init__(self, model: DsaModel, *, indexer: bool) -> None:
+        super().__init__()
+        self._names = {name: p for name, p in model.named_parameters() if (".indexer." in name) == indexer}
+        for parameter in self._names.values():
+            parameter.requires_grad_(True)
+
+    def named_parameters(self, *arguments, **options):
+        return iter(self._names.items())
+
+
+def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(plan: Plan, options: Options, log=print) -> dict:
+    """Train until the time is up; returns the last page of the checkpoint.
+
+    Raises:
+        ValueError: data or checkpoint cannot be used; one line.
+        RuntimeError: the device computes nothing right.
+    """
+    started = time.monotonic()
+    device = torch.device(options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    pool = None
+    if options.workers:
+        # before CUDA starts in this process; each worker reads the corpus once
+        context = multiprocessing.get_context("spawn")
+        pool = context.Pool(options.workers, batches.start_worker, (options.data,))
+    if pool is None:
+        batches.start_worker(options.data)
+    held_out = Corpus.read(options.data, "heldout")
+    if options.resume:
+        model, page = checkpoint.load(options.resume, device)
+        if model.size != plan.size:
+            raise ValueError(f"{options.resume} holds a model of another size: resume it with the plan that made it")
+    else:
+        torch.manual_seed(batches.number_of(options.seed) % 2**31)
+        model, page = DsaModel(plan.size).to(device), {"progress": 0.0, "stage_steps": {}, "steps": 0, "tokens": 0}
+    if options.compile:
+        for layer in model.model["layers"]:
+            layer.mlp.compile()
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cuda.enable_cudnn_sdp(False)  # masks that change shape with every chunk would recompile it
+    size = plan.size
+    for line in kernels.choose(device, size.heads, size.index_heads, size.head_dim, size.index_head_dim):
+        log(line)
+    trainer = Trainer(plan, model, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    log(f"{parameters / 1e6:.2f} M parameters on {device}, progress {page['progress']:.3f} to {options.until}")
+    curves = open(options.out / CURVES, "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        loop = _Loop(plan, options, trainer, page, held_out, curves, log, started)
+        if options.smoke:
+            loop.smoke(pool)
+        else:
+            loop.run(pool)
+        return loop.page
+    finally:
+        curves.close()
+        if pool:
+            pool.terminate()
+
+
+class _Loop:
+    def __init__(self, plan, options, trainer, page, held_out, curves, log, started) -> None:
+        self.plan, self.options, self.trainer = plan, options, trainer
+        self.page, self.held_out, self.curves, self.log = page, held_out, curves, log
+        self.started = started
+        self.deadline = started + 60 * options.minutes - options.finish_seconds
+        self.stages = {stage.name: stage for stage in plan.stages}
+        self.saved = started
+        self.good = None  # weights of the last log line whose figures were finite
+
+    def run(self, pool) -> None:
+        page, options, plan = self.page, self.options, self.plan
+        current, source, since = None, None, 0
+        logged, steps_logged, tokens_logged = time.monotonic(), 0, 0
+        while page["progress"] < options.until - 1e-9:
+            began = time.monotonic()
+            if not options.steps and began >= self.deadline:
+                break
+            stage = self.stages[plan.stages[plan.stage_at(page["progress"])].name]
+            if current is None or stage.name != current.name:
+                if current is not None:
+                    self.save()
+                    self.evaluate(current)
+                self.trainer.prepare(stage)
+                source = batches.stream(
+                    options.seed, stage, page["stage_steps"].get(stage.name, 0), plan.size.max_position - 1, pool
+                )
+                warm = WARM_STEPS if page["steps"] == 0 else REWARM_STEPS
+                changed = current is None or current.train_model != stage.train_model or bool(
+                    current.kl_rows
+                ) != bool(stage.kl_rows)
+                since = 0 if changed else warm
+                current = stage
+                began = time.monotonic()
+                logged, steps_logged, tokens_logged = began, 0, 0
+            batch = next(source)
+            scale = plan.rate_at(page["progress"]) * stage.rate * min(1.0, (since + 1) / warm)
+            if not self._careful_step(stage, batch, scale):
+                current = None
+                continue
+            since += 1
+            page["stage_steps"][stage.name] = page["stage_steps"].get(stage.name, 0) + 1
+            page["steps"] += 1
+            page["tokens"] += batch.sample.tokens.shape[0] * stage.length
+            steps_logged += 1
+            tokens_logged += batch.sample.tokens.shape[0] * stage.length
+            now = time.monotonic()
+            if now - logged >= options.log_seconds:
+                figures = self.trainer.take_figures()  # waits for the device, so the rate below is a true one
+                now = time.monotonic()
+                self._report(stage, scale, figures, tokens_logged / (now - logged), steps_logged / (now - logged))
+                logged, steps_logged, tokens_logged = now, 0, 0
+            if options.steps:
+                page["progress"] += 1 / options.steps
+            else:
+                left = max(1e-3, self.deadline - began)
+                page["progress"] += (options.until - page["progress"]) * min(1.0, (now - began) / left)
+                if self.deadline - now < 1e-3:
+                    page["progress"] = options.until
+        self.save()
+        if current is not None:
+            self.evaluate(current, last=True)
+        self.save()
+
+    def smoke(self, pool) -> None:
+        """A few steps of every stage at its full length, an evaluation and a checkpoint: what can fail, fails here."""
+        for stage in self.plan.stages:
+            self.trainer.prepare(stage)
+            source = batches.stream(self.options.seed, stage, 0, self.plan.size.max_position - 1, pool)
+            began = time.monotonic()
+            for number in range(self.options.smoke):
+                if number == 1:
+                    self.trainer.take_figures()
+                    began = time.monotonic()  # the first step warms up
+                self.trainer.step(stage, next(source), 0.1)
+            figures = self.trainer.take_figures()
+            rate = max(1, self.options.smoke - 1) * stage.tokens / (time.monotonic() - began)
+            self._report(stage, 0.1, figures, rate, rate / stage.tokens)
+            if self.trainer.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+        self.evaluate(self.plan.stages[-1])
+        self.save()
+
+    def _careful_step(self, stage: Stage, batch: Batch, scale: float) -> bool:
+        """A step; where memory runs out, the stage goes on with half of what takes it. False: the stage changed."""
+        try:
+            self.trainer.step(stage, batch, scale)
+            return True
+        except torch.OutOfMemoryError:
+            for parameter in self.trainer.model.parameters():
+                parameter.grad = None
+        torch.cuda.empty_cache()
+        if stage.tokens > stage.length:
+            smaller = replace(stage, tokens=max(stage.length, stage.tokens // 2))
+        elif stage.length > 2048:
+            smaller = replace(stage, length=stage.length // 2, tokens=stage.tokens // 2, context=stage.context // 2)
+        else:
+            raise ValueError(f"stage {stage.name} does not fit into this device's memory: choose fewer tokens per step")
+        self.stages[stage.name] = smaller
+        self.log(f"OUT OF MEMORY in {stage.name}: now {smaller.tokens} tokens a step, {smaller.length} a sequence")
+        return False
+
+    def _report(self, stage: Stage, scale: float, figures: dict, tokens_per_s: float, steps_per_s: float) -> None:
+        page = self.page
+        memory = torch.cuda.max_memory_allocated() / 1e9 if self.trainer.device.type == "cuda" else 0.0
+        record = {
+            "seconds": round(time.monotonic() - self.started, 1), "progress": round(page["progress"], 4),
+            "stage": stage.name, "steps": page["steps"], "tokens": page["tokens"], "scale": round(scale, 4),
+            "tokens_per_s": round(tokens_per_s), "steps_per_s": round(steps_per_s, 2), "memory_gb": round(memory, 1),
+            **figures,
+        }  # fmt: skip
+        self._write(record)
+        shown = " ".join(f"{t} {figures[t]:.2f}/{figures[f'{t}_right']:.2f}" for t in TASKS if t in figures)
+        self.log(
+            f"{record['seconds']:6.0f}s p{record['progress']:.3f} {stage.name:12} {page['tokens'] / 1e6:8.2f}M "
+            f"{tokens_per_s / 1e3:6.0f}k/s {memory:4.0f}G kl {figures['kl']:.3f} |g| {figures['norm']:.2f} {shown}"
+        )
+        finite = all(math.isfinite(value) for value in figures.values())
+        if finite and not self.options.smoke and time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
+        if finite:
+            self.good = [p.detach().clone() for p in self.trainer.model.parameters()]
+        elif self.good is not None:
+            self.log("NOT FINITE: back to the weights of the last good line, with fresh optimizers")
+            with torch.no_grad():
+                for parameter, good in zip(self.trainer.model.parameters(), self.good, strict=True):
+                    parameter.copy_(good)
+            self.trainer.optimizer = self.trainer.index_optimizer = None
+            self.trainer.prepare(stage)
+        else:
+            raise ValueError("the loss is not finite from the start: lower the learning rates of the plan")
+
+    def evaluate(self, stage: Stage, last: bool = False) -> None:
+        """Needles by length and held-out perplexity, with dense attention and, once it is trained, the indexer."""
+        options, model = self.options, self.trainer.model
+        began = time.monotonic()
+        modes = [DENSE] if not self.trainer.index_optimizer else [DENSE, SPARSE]
+        lengths = options.eval_lengths or (stage.length,)
+        seeds = options.eval_needles * (4 if last else 1)
+        record: dict = {"evaluation": stage.name, "progress": round(self.page["progress"], 4)}
+        for mode in modes:
+            for length in lengths:
+                if length > 4 * stage.length or length < 128:
+                    continue
+                asked = (1, DEPTHS[::5]) if length > LONG_PROMPT else (seeds, DEPTHS)
+                depths = needle_accuracy(model, self.held_out, length, mode, *asked)
+                record[f"needle/{mode}/{length}"] = {str(depth): share for depth, share in depths.items()}
+                mean = sum(depths.values()) / len(depths)
+                shown = " ".join(f"{share:.2f}" for share in depths.values())
+                self.log(f"   needles {mode:6} {length:6}: {mean:.3f}  {shown}")
+            length = min(stage.length, 4096)
+            record[f"perplexity/{mode}/{length}"] = value = perplexity(
+                model, self.held_out.tokens, length, max(4, 65536 // length), mode
+            )
+            self.log(f"   held-out perplexity {mode:6} at {length}: {value:.3f}")
+        record["seconds"] = round(time.monotonic() - began, 1)
+        self._write(record)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        self.saved = time.monotonic()
+        checkpoint.save(self.options.out, self.trainer.model, {**self.page, "seed": self.options.seed})
+
+    def _write(self, record: dict) -> None:
+        self.curves.write(json.dumps(record) + "\n")
+        self.curves.flush()

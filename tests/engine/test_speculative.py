@@ -1,0 +1,52 @@
+"""Speculative decoding with the model's own multi-token-prediction layer: drafts that are rejected leave no trace."""
+
+import copy
+
+import pytest
+import torch
+
+from misa_vllm.index_cache import PAGE_TOKENS, means_view
+from misa_vllm.reference import update_page_means
+from tests.engine.conftest import ON_GPU, TOPK, random_prompt, write_model
+
+PROMPT = TOPK + 120  # the tokens decoded after it complete a page, which is a pool block, and route by it
+TOKENS = 90
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "mtp", layers=LAYERS, mtp_layers=1)
+
+
+def generate(engine):
+    """The tokens, what every layer of the model selected, and the bytes of every complete page, layer by layer."""
+    tokens = engine.generate([random_prompt(PROMPT)], tokens=TOKENS)
+    complete = engine.recorder.block_table[0, : (PROMPT + TOKENS) // PAGE_TOKENS].long()
+    pages = [cache.cpu()[complete] for cache in engine.index_caches[:LAYERS]]
+    return tokens, copy.deepcopy(engine.selected[:LAYERS]), pages
+
+
+@pytest.fixture(scope="module")
+def alone(start_engine, model):
+    return generate(start_engine(model))
+
+
+@pytest.mark.parametrize("drafted", [1, 2])
+def test_rejected_drafts_leave_no_trace(start_engine, model, alone, drafted):
+    engine = start_engine(model, speculative_config={"method": "mtp", "num_speculative_tokens": drafted})
+    tokens, selected, pages = generate(engine)
+    computed = [position for position, _ in engine.history[0]]
+    assert len(computed) > len(set(computed)), "every draft was accepted"
+    assert len(computed) < PROMPT + (TOKENS - 1) * (drafted + 1), "no draft was accepted"
+    assert len(engine.selected) == LAYERS + 1, "the draft's layer selects by another indexer"
+    for layer in pages:
+        recomputed = layer.clone()
+        update_page_means(recomputed, torch.arange(len(layer) * PAGE_TOKENS))
+        torch.testing.assert_close(means_view(layer), means_view(recomputed), rtol=PAGE_TOKENS * 2**-24, atol=1e-6)
+    last = max(alone[1][0])
+    for layer, wanted in list(zip(selected, alone[1], strict=True))[: 1 if ON_GPU else None]:
+        assert {position: layer[position] for position in range(last + 1)} == wanted
+    if not ON_GPU:
+        assert tokens == alone[0]
+        assert all(map(torch.equal, pages, alone[2]))

@@ -1,0 +1,497 @@
+"""Training of the small model: its data, its attention, its clock, and what it writes."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from misa_vllm import reference
+from misa_vllm.eval.needles import CODE_DIGITS, draw_needle
+from misa_vllm.models import tiny, trained
+from misa_vllm.train import batches, checkpoint, corpus, export, kernels, ngram, plot, tasks
+from misa_vllm.train import run as run_module
+from misa_vllm.train.__main__ import main as train_main
+from misa_vllm.train.bpe import Encoder
+from misa_vllm.train.model import DsaModel, Past, divergence, rope_tables, select, sparse_attention
+from misa_vllm.train.optim import orthogonal
+from misa_vllm.train.plan import PLANS, Plan, Stage
+from misa_vllm.train.run import Options, train
+from misa_vllm.train.size import DENSE, SPARSE, ModelSize
+from misa_vllm.train.tasks import HIDDEN_WEIGHT, NEEDLE, NOT_SCORED, PASSAGE, TASKS, TEXT, Corpus, Mix
+
+SIZE = ModelSize(
+    layers=2, hidden=32, intermediate=48, heads=2, index_heads=4, index_head_dim=32, topk=16, q_lora_rank=24,
+    kv_lora_rank=32, nope_head_dim=8, rope_head_dim=16, v_head_dim=8, vocab=1024, max_position=4096, rope_theta=1e4,
+)  # fmt: skip
+MIX = Mix(inserted=0.6)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A corpus folder made of the text that the package ships."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = tiny.TRAINING_TEXT.read_text(encoding="utf-8")
+    tokenizer = corpus.train_tokenizer([text, corpus.task_words()], 1024)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = np.array(tokenizer.encode(text).ids, np.uint16)
+    cut = len(ids) * 4 // 5
+    ids[:cut].tofile(folder / "train.bin")
+    ids[cut:].tofile(folder / "heldout.bin")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(data):
+    return Corpus.read(data)
+
+
+# ---------------------------------------------------------------- text and tokens
+
+
+def test_plain_encoder_is_the_tokenizer(data):
+    from tokenizers import Tokenizer
+
+    tokenizer, encoder = Tokenizer.from_file(str(data / "tokenizer.json")), Encoder(data / "tokenizer.json")
+    samples = [
+        tiny.TRAINING_TEXT.read_text(encoding="utf-8"), "", " ", "a  b\n\n c\t1234 ", "naïve 漢字 \U0001f600\x00",
+        draw_needle(random.Random(1)).sentence, "x=12;  y_z=[3.5]\r\n", "   \n  trailing   ",
+    ]  # fmt: skip
+    for sample in samples:
+        assert encoder.encode(sample) == tokenizer.encode(sample).ids
+        assert encoder.decode(encoder.encode(sample)) == sample
+
+
+def test_digits_are_single_tokens_and_names_are_short(text):
+    encode = text.encoder.encode
+    assert len(encode(" 907142")) == 1 + CODE_DIGITS
+    needle = draw_needle(random.Random(3))
+    assert len(encode(f" {needle.name}")) == 2
+
+
+def test_page_text_leaves_menus_out():
+    page = "<head><title>T</title></head><nav>Menu</nav><h1>Head</h1><p>One\n  two&amp;<b>3</b></p><pre>a\n  b</pre>"
+    assert corpus.clean(corpus.page_text(page)) == "Head\n\nOne two&3\n\na\n b\n".replace("\n b", "\n  b")
+
+
+def test_repeated_paragraphs_go():
+    drop = corpus.Deduplicator()
+    paragraph = "This paragraph is long enough to count as one that was copied."
+    assert paragraph in drop(f"{paragraph}\nshort\n")
+    assert drop(f"{paragraph}\nshort\nother") == "short\nother"
+
+
+# ---------------------------------------------------------------- tasks
+
+
+@pytest.mark.parametrize("length", [64, 257, 2048])
+def test_sequences_are_whole_and_depend_on_the_seed_alone(text, length):
+    seen = set()
+    for number in range(25):
+        sample = tasks.make_sample(text, MIX, length, f"s/{number}")
+        again = tasks.make_sample(text, MIX, length, f"s/{number}")
+        for name in ("tokens", "weights", "tasks"):
+            values = getattr(sample, name)
+            assert values.shape == (length + 1,)
+            assert np.array_equal(values, getattr(again, name))
+        assert sample.tokens.max() < len(text.encoder)
+        assert set(sample.tasks.tolist()) <= {*range(len(TASKS)), NOT_SCORED}
+        seen.add(sample.tokens.tobytes())
+    assert len(seen) == 25
+
+
+def test_every_answer_can_be_read_further_up(text):
+    """The tokens of each answer stand before its question too, and nothing that cannot be known is trained on."""
+    answered = dict.fromkeys(range(1, len(TASKS)), 0)
+    for number in range(60):
+        sample = tasks.make_sample(text, replace(MIX, drill=0.05), 768, f"a/{number}")
+        string = text.encoder.decode
+        for task in answered:
+            places = np.flatnonzero(sample.tasks == task)
+            if not len(places) or task == tasks.REPEAT:
+                continue
+            for run in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
+                answer = string(sample.tokens[run]).strip()
+                before = string(sample.tokens[: run[0]])
+                assert answer in before
+                assert (sample.weights[run] > sample.weights[sample.tasks == TEXT].max(initial=0)).all()
+                answered[task] += 1
+    assert all(answered[task] > 1 for task in answered if task != tasks.REPEAT)
+
+
+def test_needles_use_the_words_of_the_evaluation(text):
+    for number in range(40):
+        mix = Mix(inserted=0.8, plain=0, chat=0, kinds=(0, 1, 0, 0, 0, 0, 0))
+        sample = tasks.make_sample(text, mix, 256, f"n{number}")
+        string = text.encoder.decode(sample.tokens)
+        places = np.flatnonzero(sample.tasks == NEEDLE)
+        code = text.encoder.decode(sample.tokens[places[:7]]).strip()
+        assert len(code) == CODE_DIGITS
+        name = string.split("Question: What is the access code of the ")[1].split("?")[0]
+        assert f"The access code of the {name} is " in string.split("Question:")[0]
+        assert f"?\nAnswer: The access code of the {name} is {code}." in string
+        # the code itself cannot be foretold where it is hidden
+        first = string.index(code)
+        hidden = [i for i in range(len(sample.tokens)) if sample.weights[i] == HIDDEN_WEIGHT]
+        assert text.encoder.decode(sample.tokens[hidden]).replace(" ", "").count(code) >= 1 and first > 0
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+def test_prompts_have_their_length_and_the_needle_its_depth(text, depth):
+    prompt, answer = tasks.needle_prompt(text, 500, depth, "p")
+    assert len(prompt) == 500 and len(answer) == 1 + CODE_DIGITS
+    string, code = text.encoder.decode(prompt), text.encoder.decode(answer).strip()
+    assert string.endswith(" is") and string.count(code) == 1
+    assert abs(string.index(code) / len(string) - depth * 0.9) < 0.15
+    with pytest.raises(ValueError, match="choose at least"):
+        tasks.needle_prompt(text, 30, 0.5, "p")
+
+
+def test_questions_come_behind_the_context(text):
+    for number in range(10):
+        sample = tasks.make_sample(text, Mix(plain=0, inserted=0.6), 2048, f"c/{number}", context=1536)
+        asked = np.flatnonzero((sample.tasks != TEXT) & (sample.tasks != NOT_SCORED))
+        assert len(sample.tokens) == 2049 and len(asked) and asked[0] > 1536
+
+
+def test_passages_follow_their_sentence(text):
+    mix = Mix(inserted=0.7, plain=0, chat=0, kinds=(0, 0, 0, 0, 0, 1, 0))
+    sample = tasks.make_sample(text, mix, 512, "passage")
+    places = np.flatnonzero(sample.tasks == PASSAGE)
+    run = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)[0]
+    string = text.encoder.decode(sample.tokens)
+    quoted = string.split('follows the sentence "')[1].split('"?\nAnswer:')[0]
+    assert quoted + text.encoder.decode(sample.tokens[run]) in string.split("Question:")[0]
+
+
+def test_the_indexer_learns_where_answers_are(data):
+    batches.start_worker(data)
+    stage = Stage("s", 1.0, 256, 1024, kl_rows=20, mix=MIX)
+    batch = batches.make(stage, "x", 4095)
+    sample, rows = batch.sample, batch.rows
+    assert np.array_equal(batch.positions, np.arange(256))
+    assert sample.tokens.shape == (4, 257) and rows.shape == (4, 20)
+    assert rows.min() >= 0 and rows.max() < 256
+    targets = np.take_along_axis(sample.tasks[:, 1:], rows, axis=1)
+    assert ((targets != TEXT) & (targets != NOT_SCORED)).sum() > 10
+    made = next(batches.stream("seed", stage, 3, 4095))
+    assert np.array_equal(made.sample.tokens, batches.make(stage, "seed/s/3", 4095).sample.tokens)
+
+
+def test_positions_leap_within_the_models_reach():
+    furthest = 0
+    for seed in range(50):
+        positions = batches.leaping(np.random.default_rng(seed), 64, 4095)
+        steps = np.diff(positions)
+        assert len(positions) == 64 and positions[0] == 0 and positions[-1] <= 4095
+        assert steps.min() == 1 and (steps > 1).sum() <= 3
+        furthest = max(furthest, positions[-1])
+    assert furthest > 3000
+
+
+def test_only_distances_matter(data):
+    """Positions all further on by the same leave what the model computes as it was."""
+    torch.manual_seed(1)
+    model = DsaModel(SIZE)
+    with torch.no_grad():
+        for parameter in model.main_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    tokens, positions = torch.randint(10, 600, (1, 40)), torch.arange(40)
+    here, _ = model(tokens)
+    assert torch.equal(here, model(tokens, positions=positions)[0])
+    assert torch.allclose(here, model(tokens, positions=positions + 500)[0], atol=1e-3)
+    assert not torch.allclose(here, model(tokens, positions=positions * 9)[0], atol=1e-2)
+
+
+# ---------------------------------------------------------------- model
+
+
+def index_inputs(model, length, batch=1):
+    generator = torch.Generator().manual_seed(5)
+    indexer = model.model["layers"][0].self_attn.indexer
+    hidden = torch.randn(batch, length, SIZE.hidden, generator=generator)
+    latent = torch.randn(batch, length, SIZE.q_lora_rank, generator=generator)
+    return indexer, hidden, latent, rope_tables(SIZE, torch.arange(length))
+
+
+@pytest.mark.parametrize("length", [5, 16, 17, 100])
+def test_selection_is_the_references(length, monkeypatch):
+    monkeypatch.setattr(kernels, "scored_at_once", lambda heads, device: 16 * length)  # several chunks
+    torch.manual_seed(0)
+    indexer, hidden, latent, rope = index_inputs(DsaModel(SIZE), length, batch=2)
+    with torch.no_grad():
+        keys = indexer.keys(hidden, rope)
+        q, gates = indexer.queries(hidden, latent, rope)
+        selected = select(indexer, hidden, latent, keys, rope)
+    for row in range(2):
+        score = reference.token_scores(q[row], gates[row], keys[row])
+        for t in range(length):
+            chosen = set(selected[row, t].tolist())
+            assert len(chosen) == min(SIZE.topk, t + 1) and max(chosen) <= t
+            # in chunks sums round differently, so of two nearly equal scores either may win
+            best = score[t, : t + 1].topk(len(chosen)).values.sort().values
+            assert torch.allclose(score[t, sorted(chosen)].sort().values, best, atol=1e-5)
+
+
+def test_sparse_attention_is_attention_over_the_selected():
+    generator = torch.Generator().manual_seed(1)
+    length, topk = 40, 8
+    q, k, v = (torch.randn(2, 3, length, 16, generator=generator, requires_grad=True) for _ in range(3))
+    selected = torch.stack([
+        torch.stack([torch.randperm(t + 1, generator=generator)[:topk].repeat(topk)[:topk] for t in range(length)])
+        for _ in range(2)
+    ]).to(torch.int32)  # fmt: skip
+    out = sparse_attention(q, k, v, selected)
+    for b in range(2):
+        for t in range(0, length, 7):
+            tokens = selected[b, t].unique().long()
+            p = torch.softmax(torch.einsum("hd,hnd->hn", q[b, :, t], k[b][:, tokens]) / 4, -1)
+            assert torch.allclose(out[b, :, t], torch.einsum("hn,hnd->hd", p, v[b][:, tokens]), atol=1e-5)
+    out[:, :, 3].sum().backward()
+    assert k.grad[:, :, 4:].abs().max() == 0  # later tokens do not matter
+
+
+def test_divergence_is_zero_only_where_the_indexer_agrees():
+    score = torch.tensor([[0.3, -1.0, 2.0, 9.0]])
+    hidden = torch.tensor([[False, False, False, True]])
+    target = score.masked_fill(hidden, -torch.inf).softmax(-1)
+    assert divergence(target, score.masked_fill(hidden, -torch.inf), hidden).abs() < 1e-6
+    other = torch.tensor([[0.2, 0.5, 0.3, 0.0]])
+    expected = (other[0, :3] * (other[0, :3] / target[0, :3]).log()).sum()
+    assert torch.allclose(divergence(other, score.masked_fill(hidden, -torch.inf), hidden), expected)
+
+
+@pytest.mark.parametrize("full_kl", [False, True])
+def test_the_indexer_learns_from_its_own_loss_alone(full_kl):
+    torch.manual_seed(2)
+    model = DsaModel(SIZE)
+    tokens = torch.randint(10, 600, (2, 60))
+    rows = torch.tensor([[3, 20, 59], [0, 30, 58]])
+    hidden, kl = model(tokens, SPARSE, rows, full_kl)
+    model.token_losses(hidden, tokens)[0].mean().backward(retain_graph=True)
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.indexer_parameters())
+    model.zero_grad()
+    kl.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.indexer_parameters())
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.main_parameters())
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_context_is_attended_to_and_not_trained(cast):
+    """With topk over everything, tokens behind a context come out as in a whole sequence, and train every weight."""
+    torch.manual_seed(2)
+    model = DsaModel(replace(SIZE, topk=47))
+    with torch.no_grad():
+        for parameter in model.main_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    tokens, rows = torch.randint(10, 600, (2, 48)), torch.tensor([[3, 15], [0, 12]])
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        whole, _ = model(tokens, SPARSE)
+        part, kl = model(tokens, SPARSE, rows, False, 32)
+        assert part.shape == (2, 16, SIZE.hidden)
+        # the last token alone leaves one token out
+        assert (part - whole[:, 32:])[:, :-1].abs().max() < (0.3 if cast else 1e-4)
+        (model.token_losses(part, tokens[:, 32:])[0].mean() + kl).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    _, kl_of_whole = model(tokens, SPARSE, rows + 32, False)
+    assert torch.allclose(kl, kl_of_whole, rtol=0.1 if cast else 1e-3)
+
+
+def test_some_heads_look_back_from_the_start():
+    """The probability that the first heads give the token 1, 2, ... places before, before any training."""
+    torch.manual_seed(0)
+    size = ModelSize()
+    model = DsaModel(size)
+    caught = {}
+    plain = kernels.dense_attention
+    layer = model.model["layers"][0]
+
+    def keep(q, k, v):
+        caught.setdefault("p", ((q @ k.mT) * size.head_dim**-0.5))
+        return plain(q, k, v)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(kernels, "dense_attention", keep)
+        x = model.model["embed_tokens"](torch.randint(0, size.vocab, (1, 300)))
+        layer(x, rope_tables(size, torch.arange(300)), DENSE, None, False, Past())
+    p = caught["p"].masked_fill(torch.ones(300, 300, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    for head in range(3):
+        assert p[0, head].diagonal(-(head + 1))[50:].mean() > 0.9
+
+
+def test_triton_scores_are_the_plain_ones():
+    pytest.importorskip("triton")
+    code = (
+        "import torch; from misa_vllm.train import kernels, triton_scores;"
+        "q, k, g = torch.randn(70, 4, 32), torch.randn(300, 32), torch.randn(70, 4);"
+        "a, b = triton_scores.index_scores(q, k, g, 230), kernels.index_scores(q, k, g, 230);"
+        "assert torch.equal(a.isinf(), b.isinf()) and (a - b).nan_to_num(0).abs().max() < 1e-3, 'they differ'"
+    )
+    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()[-500:]
+
+
+def test_muon_makes_updates_orthogonal():
+    x = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(orthogonal(x))
+    assert singular.min() > 0.5 and singular.max() < 1.3
+
+
+# ---------------------------------------------------------------- plans and the loop
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+def test_plans_are_sound(name):
+    plan = PLANS[name]()
+    plan.size.check()
+    assert math.isclose(sum(stage.share for stage in plan.stages), 1.0)
+    kinds = [(stage.mode, stage.train_model) for stage in plan.stages]
+    assert kinds == sorted(kinds, key=[(DENSE, True), (DENSE, False), (SPARSE, True)].index)  # the report's order
+    assert len({stage.name for stage in plan.stages}) == len(plan.stages)
+    for stage in plan.stages:
+        assert stage.tokens % stage.length == 0 and stage.length <= plan.size.max_position
+        assert stage.train_model or stage.kl_rows
+        assert stage.kl_rows <= stage.length - stage.context and (stage.mode == SPARSE or not stage.context)
+    assert [plan.stage_at(p) for p in (0.0, 0.999999, 1.0)] == [0, len(plan.stages) - 1, len(plan.stages) - 1]
+    assert plan.rate_at(0) == 1.0 and math.isclose(plan.rate_at(1.0), plan.final_rate)
+
+
+def test_full_model_fits_the_gpu_path_and_the_repository():
+    size = ModelSize()
+    assert size.kv_lora_rank == 512 and size.rope_head_dim == 64 and size.index_head_dim == 128
+    assert size.topk in (512, 1024, 2048) and size.heads % 2 == 0 and size.index_heads in (32, 64)
+    tensors = DsaModel(size).state_dict()
+    assert sum(t.numel() * t.element_size() for t in trained.pack(tensors).values()) < 11e6
+    assert sum(t.numel() for t in tensors.values()) * 4 < 45e6
+
+
+SHORT_PLAN = Plan(
+    SIZE,
+    (
+        Stage("dense", 0.5, 64, 256, skips=0.5, mix=MIX),
+        Stage("warmup", 0.25, 64, 256, train_model=False, kl_rows=8, mix=MIX),
+        Stage("sparse", 0.25, 128, 256, SPARSE, kl_rows=8, mix=MIX),
+    ),
+)
+
+
+def run(data, out, **options):
+    lines = []
+    page = train(SHORT_PLAN, Options(data=data, out=out, steps=16, eval_needles=1, **options), log=lines.append)
+    return page, lines
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(data, tmp_path):
+    """Same batches, same number of steps per stage, and weights as close as fresh optimizers allow."""
+    whole, _ = run(data, tmp_path / "whole")
+    first, _ = run(data, tmp_path / "first", until=0.5)
+    second, _ = run(data, tmp_path / "second", resume=tmp_path / "first")
+    assert first["steps"] == 8 and second["steps"] == whole["steps"] == 16
+    assert second["stage_steps"] == whole["stage_steps"] == {"dense": 8, "warmup": 4, "sparse": 4}
+    assert second["tokens"] == whole["tokens"]
+    first, second, whole = (
+        torch.cat([p.flatten() for p in checkpoint.load(tmp_path / name)[0].state_dict().values()])
+        for name in ("first", "second", "whole")
+    )
+    # the optimizers' memory is what is lost: the way from the start is mostly the same
+    start = torch.cat([p.flatten() for p in fresh(SHORT_PLAN).state_dict().values()])
+    assert (second - whole).norm() < 0.5 * (whole - start).norm()
+    assert not torch.equal(first, second)
+
+
+def fresh(plan):
+    torch.manual_seed(batches.number_of(Options.seed) % 2**31)
+    return DsaModel(plan.size)
+
+
+def test_training_learns_and_writes_curves(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "WARM_STEPS", 1)
+    page, lines = run(data, tmp_path, log_seconds=0.0)
+    steps, evaluations = plot.read(tmp_path / "curves.jsonl")
+    assert len(steps) == 16 and page["progress"] == pytest.approx(1.0)
+    assert np.mean([s["text"] for s in steps[6:8]]) < steps[0]["text"] - 0.1
+    assert all(s["kl"] == 0 for s in steps[:8]) and all(s["kl"] > 0 for s in steps[8:])
+    assert any("perplexity/sparse/128" in record for record in evaluations)
+    plot.draw(steps, evaluations, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    files = [file for file in tmp_path.iterdir() if file.name.startswith("weights")]
+    assert len(files) <= 3 and all(file.stat().st_size <= checkpoint.LARGEST_FILE for file in files)
+
+
+def test_the_clock_ends_a_run_in_time(data, tmp_path):
+    lines = []
+    options = Options(data=data, out=tmp_path, minutes=0.1, finish_seconds=2, until=0.3, eval_needles=1)
+    page = train(SHORT_PLAN, options, log=lines.append)
+    assert page["progress"] == pytest.approx(0.3, abs=0.02)
+    assert set(page["stage_steps"]) == {"dense"}
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_packed_form_is_the_model_up_to_rounding(data, tmp_path):
+    torch.manual_seed(4)
+    tensors = DsaModel(SIZE).state_dict()
+    trained.write_packed(tmp_path / "packed", tensors, SIZE.as_dict(), data / "tokenizer.json")
+    unpacked, size = trained.read_packed(tmp_path / "packed")
+    assert ModelSize(**size) == SIZE and unpacked.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        step = tensor.abs().amax(dim=-1, keepdim=True) / trained.INT8_MAX
+        assert ((unpacked[name] - tensor).abs() <= step * 0.5001).all()
+    assert trained.main([str(tmp_path / "model"), "--packed", str(tmp_path / "packed")]) == 0
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["index_topk"] == SIZE.topk and config["rope_parameters"]["rope_theta"] == SIZE.rope_theta
+
+    from safetensors.torch import load_file
+
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
+    assert written["model.layers.0.self_attn.q_b_proj.weight"].dtype == torch.bfloat16
+
+
+def test_export_compares_int8_with_float32(data, tmp_path, capsys):
+    checkpoint.save(tmp_path, fresh(SHORT_PLAN), {"tokens": 0})
+    assert export.main([str(tmp_path), "--data", str(data), "--compare", "--length", "64", "--windows", "4"]) == 0
+    values = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(values) == 4 and abs(values[2] / values[0] - 1) < 0.01
+
+
+def test_trigram_probabilities_sum_to_one():
+    rng = np.random.default_rng(0)
+    train = rng.integers(0, 7, 400).astype(np.uint16)
+    for pair in ([3, 5], [6, 6], [8, 8]):  # the last was never seen
+        probabilities = [ngram.trigram_probabilities(train, np.array([*pair, c]), 9)[0] for c in range(9)]
+        assert math.isclose(sum(probabilities), 1.0, rel_tol=1e-9) and min(probabilities) > 0
+    periodic = np.tile(np.array([1, 2, 3, 4], np.uint16), 500)
+    assert np.exp(-np.log(ngram.trigram_probabilities(periodic, periodic[:50], 5)).mean()) < 1.01
+    assert math.isclose(ngram.unigram_perplexity(np.arange(8), np.arange(8), 8), 8.0)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (train_main, ["--data", "{missing}", "--out", "{out}"], "tokenizer.json"),
+        (train_main, ["--data", "{data}", "--out", "{out}", "--until", "2"], "--until"),
+        (train_main, ["--data", "{data}", "--out", "{out}", "--minutes", "0.1"], "--minutes"),
+        (train_main, ["--data", "{data}", "--out", "{out}", "--resume", "{missing}"], "checkpoint"),
+        (trained.main, ["{out}", "--packed", "{missing}"], "--packed"),
+        (export.main, ["{missing}", "--data", "{data}", "--compare"], "checkpoint"),
+        (export.main, ["{missing}", "--data", "{data}"], "nothing to do"),
+        (plot.main, ["{data}/tokenizer.json", "{out}"], "curves"),
+        (ngram.main, ["{missing}"], "train.bin"),
+    ],
+)
+def test_bad_input_gets_one_line(data, tmp_path, capsys, main, arguments, said):
+    places = {"data": data, "out": tmp_path / "out", "missing": tmp_path / "missing"}
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error
