@@ -30,7 +30,7 @@ def assert_equals_reference(operators, case, heads, k):
 
 @pytest.fixture(scope="module")
 def operators(emulated_cuda):
-    return emulated_cuda._operators()
+    return emulated_cuda._EXTENSION.operators
 
 
 @pytest.mark.parametrize("k", [64, 700])
