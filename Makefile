@@ -44,7 +44,7 @@ model: $(MODEL)/config.json
 endif
 model: install
 
-.models/tiny/config.json: misa_vllm/models/tiny.py misa_vllm/data/us_constitution.txt | install
+.models/tiny/config.json: misa_vllm/models/tiny.py misa_vllm/models/folder.py misa_vllm/data/us_constitution.txt | install
 	@$(BIN)/python -m misa_vllm.models.tiny .models/tiny
 
 serve: model
