@@ -600,7 +600,8 @@ def test_unknown_tool_is_refused_with_the_names(capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["--heads", "0"], ["--heads", "a"], ["--policy", "dsa"], ["--statistics", "median"], ["--engine-options", "[]"]]
+    "words",
+    [["--heads", "0"], ["--heads", "a"], ["--policy", "dsa"], ["--statistics", "median"], ["--engine-options", "[]"]],
 )
 def test_bad_words(words, capsys):
     with pytest.raises(SystemExit) as stop:
