@@ -17,13 +17,13 @@ ADJECTIVES = (
 NOUNS = (
     "anchor", "arrow", "badger", "barrel", "basket", "beacon", "bear", "bell", "bishop", "boat", "bottle", "bridge",
     "canyon", "captain", "carpet", "castle", "cedar", "circle", "cloud", "comet", "compass", "crane", "crown",
-    "dancer", "desert", "dragon", "drum", "eagle", "engine", "falcon", "farmer", "feather", "fiddle", "forest", "fountain", "fox",
-    "galley", "garden", "gate", "glacier", "hammer", "harbor", "hawk", "heron", "hill", "horse", "island", "jacket",
-    "kettle", "ladder", "lantern", "lemon", "lion", "lizard", "magnet", "maple", "market", "meadow", "mill", "mirror",
-    "mountain", "needle", "ocean", "orchard", "otter", "palace", "panther", "parrot", "pebble", "pilot", "planet",
-    "pocket", "prince", "quarry", "rabbit", "raven", "ribbon", "river", "rocket", "saddle", "sailor", "shield",
-    "spider", "spoon", "station", "summit", "table", "teacher", "temple", "thunder", "tiger", "tower", "turtle", "valley", "wagon",
-    "willow", "window", "wizard",
+    "dancer", "desert", "dragon", "drum", "eagle", "engine", "falcon", "farmer", "feather", "fiddle", "forest",
+    "fountain", "fox", "galley", "garden", "gate", "glacier", "hammer", "harbor", "hawk", "heron", "hill", "horse",
+    "island", "jacket", "kettle", "ladder", "lantern", "lemon", "lion", "lizard", "magnet", "maple", "market",
+    "meadow", "mill", "mirror", "mountain", "needle", "ocean", "orchard", "otter", "palace", "panther", "parrot",
+    "pebble", "pilot", "planet", "pocket", "prince", "quarry", "rabbit", "raven", "ribbon", "river", "rocket",
+    "saddle", "sailor", "shield", "spider", "spoon", "station", "summit", "table", "teacher", "temple", "thunder",
+    "tiger", "tower", "turtle", "valley", "wagon", "willow", "window", "wizard",
 )  # fmt: skip
 CODE_DIGITS = 6
 
