@@ -89,7 +89,8 @@ def find_nvcc() -> str:
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(cuda_home, "bin"))
     if nvcc is None or shutil.which(nvcc) is None:
         raise CannotBuild("nvcc was not found, install CUDA's compiler or set NVCC")
-    release = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", printed)
     version = tuple(map(int, release.groups())) if release else (0, 0)
     if version < MIN_NVCC:
         raise CannotBuild(f"{nvcc} is CUDA {version[0]}.{version[1]}, install CUDA 12.8 or later, or set NVCC")

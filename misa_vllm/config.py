@@ -1,11 +1,12 @@
-"""What a user may set under `--additional-config '{"misa": {...}}'`, and what it comes to for one model."""
+"""What a user may set under `--additional-config '{"misa": {...}}'`, validated and completed for one model."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_TOKENS
+from misa_vllm.policies import POLICIES
+from misa_vllm.settings import IndexerSettings, MISAConfigError
 
 POOL_BLOCK = 1024
 """Default B: the paper's release (its router pools 1024 keys)."""
@@ -13,15 +14,12 @@ POOL_BLOCK = 1024
 MIN_CONTEXT = 0
 """Default of `min_context`: heads are routed wherever they can be (more than top-k visible keys, one pool block)."""
 
-CHECKPOINT_FIELDS = {"active_heads": "misa_topk_heads", "pool_block": "misa_k_block_size", "candidates": "misa_stage1_topk"}
+CHECKPOINT_FIELDS = {
+    "active_heads": "misa_topk_heads",
+    "pool_block": "misa_k_block_size",
+    "candidates": "misa_stage1_topk",
+}
 """Option -> field of a checkpoint's config.json that stands in where the option is absent (the paper's release)."""
-
-
-class MISAConfigError(Exception):
-    """The options, or the model, cannot be served; the message is one line that says what to change.
-
-    Not a ValueError: pydantic would wrap it into several lines where vLLM validates its own configuration.
-    """
 
 
 class MISAOptions(BaseModel):
@@ -44,33 +42,6 @@ class MISAOptions(BaseModel):
     """Compare every n-th routed query with exact DSA and export the recall; 0 is off. Costs DSA's time on those."""
 
 
-@dataclass(frozen=True)
-class IndexerSettings:
-    """The options resolved against one model's indexer."""
-
-    policy: str
-    index_heads: int
-    """H."""
-    topk: int
-    """k, the model's index_topk."""
-    active_heads: int
-    pool_block: int
-    candidates: int
-    min_context: int
-    audit_every: int = 0
-    routes_heads: bool = True
-    """Whether the policy routes, and therefore needs the page means; one that does not is stock DSA on CUDA."""
-
-    @property
-    def route_from(self) -> int:
-        """Smallest number of visible tokens at which a query's heads are routed.
-
-        A function of the query's position alone, so that prefill, decode and any batching agree (design,
-        invariant 1): the user's `min_context`, one complete pool block, and more tokens than top-k keeps.
-        """
-        return max(self.min_context, self.pool_block, self.topk + 1)
-
-
 def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings:
     """Validate the user's options and complete them from the model's config and the defaults.
 
@@ -87,8 +58,6 @@ def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings
         given = MISAOptions(**options)
     except ValidationError as error:
         raise MISAConfigError(_one_line(error)) from None
-    from misa_vllm.policies import POLICIES  # here, because policies are made from the settings defined above
-
     if given.policy not in POLICIES:
         raise MISAConfigError(
             f'option "policy" in additional_config["misa"] cannot be {given.policy!r}: choose {", ".join(POLICIES)}'

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 
 from misa_vllm import metrics
-from misa_vllm.config import IndexerSettings
 from misa_vllm.kernels import choose_kernels
 from misa_vllm.policies import IndexerStep, make_policy
 from misa_vllm.rows import QueryRows
+from misa_vllm.settings import IndexerSettings
 
 
 class Indexer:

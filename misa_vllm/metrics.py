@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from misa_vllm.config import IndexerSettings
 from misa_vllm.policies.base import IndexerStep
+from misa_vllm.settings import IndexerSettings
 
 DIRECTORY_VARIABLE = "MISA_METRICS_DIR"
 PATHS = ("all", "exact", "routed")
@@ -62,7 +62,7 @@ class _Collector:
         for file in self.directory.glob("*.f64"):
             totals += np.fromfile(file, dtype=np.float64, count=len(COUNTERS))
         total = dict(zip(COUNTERS, totals.tolist(), strict=True))
-        queries = CounterMetricFamily("misa:queries", "Queries (tokens) by how their keys were selected", labels=["path"])
+        queries = CounterMetricFamily("misa:queries", "Queries (tokens) by how they selected keys", labels=["path"])
         for path in PATHS:
             queries.add_metric([path], total[path])
         yield queries

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from misa_vllm.config import MISAConfigError, resolve_settings
+from misa_vllm.config import resolve_settings
 from misa_vllm.policies import POLICIES
+from misa_vllm.settings import MISAConfigError
 
 V32 = {"architectures": ["DeepseekV32ForCausalLM"], "index_n_heads": 64, "index_topk": 2048, "index_head_dim": 128}
 

@@ -511,7 +511,7 @@ def stub(tmp_path, monkeypatch):
     """The name of a module for children; what it does stands in the environment variable STUB."""
     (tmp_path / "stub_tool.py").write_text(
         "import os, time\n"
-        "from misa_vllm.config import MISAConfigError\n"
+        "from misa_vllm.settings import MISAConfigError\n"
         "def serve_plan(folder):\n"
         "    if os.environ['STUB'] == 'refuse':\n"
         "        raise MISAConfigError('choose another model')\n"

@@ -14,7 +14,6 @@ import vllm.envs
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from misa_vllm import metrics, reference
-from misa_vllm.config import IndexerSettings
 from misa_vllm.eval import cli, probe, recall
 from misa_vllm.eval.probe import Variant
 from misa_vllm.eval.report import can_draw
@@ -24,6 +23,7 @@ from misa_vllm.indexer import Indexer
 from misa_vllm.kernels import choose_kernels
 from misa_vllm.models import tiny
 from misa_vllm.policies import IndexerStep
+from misa_vllm.settings import IndexerSettings
 from tests.engine.conftest import TOPK, random_prompt, row_by_row_products, write_model  # noqa: F401
 from tests.kernels.cases import make_case
 

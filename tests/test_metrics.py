@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from misa_vllm import metrics
-from misa_vllm.config import IndexerSettings
+from misa_vllm.settings import IndexerSettings
 
 SETTINGS = IndexerSettings(
     policy="misa", index_heads=64, topk=4, active_heads=8, pool_block=64, candidates=8, min_context=0

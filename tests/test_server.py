@@ -19,7 +19,7 @@ from misa_vllm.models import tiny
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this test runs the CPU engine")
 
 MAX_LEN = 8192
-# One client for all calls: a new one reads certificates first, which takes seconds while the engine keeps all cores busy.
+# One client for all calls: a new one reads certificates first, for seconds while the engine keeps all cores busy.
 CLIENT = httpx.Client(timeout=120)
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
 
@@ -188,9 +188,8 @@ def test_metrics_tell_what_the_indexer_did(server):
 )
 def test_bad_options_stop_start_up_with_one_line(model, arguments, named):
     command = [*VLLM, model, "--attention-backend", "misa", "--max-model-len", "1024", *arguments]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    )
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("misa: error: ") and named in last

@@ -9,11 +9,11 @@ import torch
 
 from misa_vllm import reference
 from misa_vllm.bench.workload import Case, Inputs, Options
-from misa_vllm.config import IndexerSettings
-from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_TOKENS
+from misa_vllm.index_cache import INDEX_HEAD_DIM
 from misa_vllm.kernels import IMPLEMENTATIONS, Kernels
 from misa_vllm.policies import IndexerStep, make_policy
 from misa_vllm.seam.stock_kernels import StockIndexerKernels
+from misa_vllm.settings import IndexerSettings
 
 LEAST_SHARED = 0.999
 """Share of selected tokens that two implementations must have in common: they add the heads in different orders, so

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from misa_vllm.bench.report import BenchmarkError
-from misa_vllm.config import MISAConfigError
+from misa_vllm.settings import MISAConfigError
 
 TOOLS = {
     "recall": ("misa_vllm.eval.recall", "share of exact DSA's tokens and attention mass, layer by layer"),

@@ -21,9 +21,10 @@ from types import SimpleNamespace
 
 from misa_vllm.bench.report import at_least, one_line
 from misa_vllm.bench.serve_shapes import json_object
-from misa_vllm.config import IndexerSettings, MISAConfigError, resolve_settings
+from misa_vllm.config import resolve_settings
 from misa_vllm.eval.report import EvalError
 from misa_vllm.policies import POLICIES
+from misa_vllm.settings import IndexerSettings, MISAConfigError
 
 DEFAULT_POLICIES = ("dsa", "misa", "hierarchical")
 LOG_LINES_SHOWN = 20

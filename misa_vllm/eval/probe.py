@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from misa_vllm import metrics, reference
-from misa_vllm.config import IndexerSettings
 from misa_vllm.eval.statistics import SERVED, STATISTICS, Statistic
 from misa_vllm.index_cache import PAGE_BYTES, PAGE_TOKENS, STOCK_PAGE_BYTES
 from misa_vllm.kernels import Kernels
 from misa_vllm.policies import POLICIES, IndexerStep, make_policy
 from misa_vllm.rows import QueryRows
 from misa_vllm.seam.observe import AttentionStep, DSALayer, dsa_layers, watch_attention
+from misa_vllm.settings import IndexerSettings
 
 ROWS_AT_ONCE = 256
 """Queries evaluated together: bounds the score and probability matrices, 128 MiB each at 131072 keys."""

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from misa_vllm.config import IndexerSettings
 from misa_vllm.kernels import Kernels
 from misa_vllm.rows import QueryRows
+from misa_vllm.settings import IndexerSettings
 
 
 @dataclass(frozen=True)

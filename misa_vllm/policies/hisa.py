@@ -5,10 +5,10 @@ MISA's alternative, served for comparison: its block scores are plain torch, so 
 
 import torch
 
-from misa_vllm.config import IndexerSettings, MISAConfigError
 from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_TOKENS, means_view
 from misa_vllm.policies.base import IndexerStep, Policy
 from misa_vllm.policies.hierarchical import ROWS_AT_ONCE
+from misa_vllm.settings import IndexerSettings, MISAConfigError
 
 BLOCK = 128
 """Tokens in a block, the paper's size."""

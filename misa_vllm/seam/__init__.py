@@ -12,7 +12,7 @@ How the package enters vLLM, in the order in which it happens:
 here acts unless `is_selected` says that the user chose the backend.
 """
 
-from misa_vllm.config import IndexerSettings, resolve_settings
+from misa_vllm.settings import IndexerSettings
 
 SUPPORTED_VLLM = "0.32"
 BACKEND_NAME = "MISA"
@@ -62,6 +62,8 @@ def is_selected(vllm_config) -> bool:
 
 def settings_for(vllm_config) -> IndexerSettings:
     """The validated options for the model of `vllm_config`. Raises MISAConfigError."""
+    from misa_vllm.config import resolve_settings  # late: loading the plugin stays light for users of other backends
+
     additional = vllm_config.additional_config
     options = additional.get("misa", {}) if isinstance(additional, dict) else {}
     return resolve_settings(options, vllm_config.model_config.hf_text_config)

@@ -4,10 +4,10 @@ import functools
 
 import torch
 
-from misa_vllm.config import MISAConfigError
 from misa_vllm.index_cache import PAGE_TOKENS
 from misa_vllm.log import info_once, logger, print_as_one_line
 from misa_vllm.seam import BACKEND_NAME, BACKEND_PATH, is_selected, register_backend, settings_for
+from misa_vllm.settings import MISAConfigError
 
 
 def extend_platform() -> None:
@@ -38,7 +38,7 @@ def _wrap_classmethod(owner: type, name: str, wrapper) -> None:
 def _check_and_update_config(original, vllm_config) -> None:
     if vllm_config.model_config is None or not is_selected(vllm_config):
         return original(vllm_config)
-    from misa_vllm import metrics  # late: loading the plugin stays light for users of other backends
+    from misa_vllm import metrics  # late, as in `settings_for`
 
     print_as_one_line(MISAConfigError)
     settings = settings_for(vllm_config)

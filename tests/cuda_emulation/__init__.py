@@ -149,7 +149,7 @@ class Operators:
 
     @contextlib.contextmanager
     def stream(self):
-        """What is launched inside runs at the end, a kernel over the one before where it may. No result is there before."""
+        """What is launched inside runs at the end, a kernel over the one before where it may; no result before."""
         self._in_stream = True
         try:
             yield

@@ -77,7 +77,9 @@ def make_attention(heads, kv_lora_rank, rope, dtype, k=70, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, kv_lora_rank, rope", [(128, 512, 64), (5, 64, 16), (1, 8, 8), (3, 40, 24), (16, 128, 0)])
+@pytest.mark.parametrize(
+    "heads, kv_lora_rank, rope", [(128, 512, 64), (5, 64, 16), (1, 8, 8), (3, 40, 24), (16, 128, 0)]
+)
 def test_attends_to_the_selected_tokens(cpu_kernels, dtype, heads, kv_lora_rank, rope):
     q, kv_cache, rows, tokens = make_attention(heads, kv_lora_rank, rope, dtype)
     scale = (kv_lora_rank + rope) ** -0.5

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from misa_vllm import reference
-from misa_vllm.config import MISAConfigError, resolve_settings
+from misa_vllm.config import resolve_settings
 from misa_vllm.index_cache import INDEX_HEAD_DIM
 from misa_vllm.policies import IndexerStep, hisa, make_policy
+from misa_vllm.settings import MISAConfigError
 
 from .cases import DOT_ERROR, assert_best, make_case, tokens_of
 
