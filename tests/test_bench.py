@@ -34,7 +34,7 @@ MIB = 2**20
 
 
 def arguments(*words):
-    return cli.parser().parse_args(words)
+    return cli.parser(words[0]).parse_args(words)
 
 
 @pytest.fixture(autouse=True)

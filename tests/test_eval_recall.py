@@ -583,7 +583,7 @@ def test_output_is_asked_for_first(text, tmp_path, capsys, monkeypatch):
     assert "cannot be written: name a folder that you may write to" in message
 
 
-@pytest.mark.parametrize("tool", cli.TOOLS)
+@pytest.mark.parametrize("tool", cli.COMMAND.tools)
 def test_every_tool_says_what_it_takes(tool, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([tool, "--help"])
@@ -596,7 +596,7 @@ def test_unknown_tool_is_refused_with_the_names(capsys):
         cli.main(["unknown"])
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert all(tool in error for tool in cli.TOOLS)
+    assert all(tool in error for tool in cli.COMMAND.tools)
 
 
 @pytest.mark.parametrize(
