@@ -1,10 +1,10 @@
 """Engines on a GPU: time to first token and decode speed of models with the shapes of DeepSeek-V3.2 and GLM-5.
 
 Each model has 4 dense layers and random weights, made from a config.json alone; they are drawn so that activations keep
-an ordinary size (vLLM's own dummy weights make every index score about 2^-50, which no selection is made for). Every engine runs in a process of its
-own, stock vLLM first and ours after it, on the same prompts. Time to first token is that of one request with an empty
-prefix cache; decode speed is taken between the 2nd and the 66th token of requests whose prompts are in the prefix
-cache. Medians of several runs each. "over stock" is the time of the stock engine over the engine's.
+an ordinary size (vLLM's own dummy weights make every index score about 2^-50, which no selection is made for). Every
+engine runs in a process of its own, stock vLLM first and ours after it, on the same prompts. Time to first token is
+that of one request with an empty prefix cache; decode speed is taken between the 2nd and the 66th token of requests
+whose prompts are in the prefix cache. Medians of several runs each. "over stock" is the time of the stock engine over the engine's.
 """
 
 import argparse
@@ -99,7 +99,7 @@ class OrdinaryWeights:
         draw_weights(self.get_model())
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def draw_weights(model: torch.nn.Module) -> None:
     """Draw a model's parameters in place, where captured graphs read them."""
     torch.manual_seed(0)
@@ -355,7 +355,8 @@ def measure_engine(folder: Path) -> None:
                     temperature=0, max_tokens=decode_profile.TOKENS, ignore_eos=True, detokenize=False
                 )
                 profile = decode_profile.profile_decode(llm.llm_engine, prompts[:batch], sampling)
-                profiles.append({"context": context} | profile)
+                mode = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
+                profiles.append({"context": context, "cudagraph_mode": getattr(mode, "name", None)} | profile)
     result = {
         "start_s": started,
         "kernels": None,
@@ -427,7 +428,7 @@ def as_text(result: dict) -> str:
     for engine in result.get("engines", ()):
         for one in engine.get("profiles", ()):
             title = f"{engine['shape']}, {engine['engine']}, batch {one['batch']}, {one['context']} tokens"
-            lines += ["", f"decode step of {title}:", *decode_profile.as_text(one)]
+            lines += ["", f"decode step of {title}, {one['cudagraph_mode']} graphs:", *decode_profile.as_text(one)]
     return "\n".join(lines)
 
 
