@@ -8,7 +8,16 @@ import torch
 from vllm.config import CUDAGraphMode
 
 from misa_vllm import metrics
-from misa_vllm.seam import cuda
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    """The module, with vLLM's as an engine imports it: GPU tests of this process may need its decorators."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+        from misa_vllm.seam import cuda
+
+    return cuda
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +33,7 @@ def int32(*values):
 
 
 @pytest.mark.parametrize(("decodes", "least"), [(0, 1), (1, 0)])
-def test_least_visible_is_known_for_prefills_only(monkeypatch, decodes, least):
+def test_least_visible_is_known_for_prefills_only(cuda, monkeypatch, decodes, least):
     """The host knows an upper bound of a decode's length alone: drafts may have been rejected."""
     counted = []
     built = Namespace(num_decodes=decodes, num_prefills=2 - decodes)
@@ -71,7 +80,8 @@ class Indexer:
 class Step:
     """The fused path's layers, and calls of its scoring function in forward contexts."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, cuda, monkeypatch):
+        self.cuda = cuda
         self.buffer = torch.zeros(10, 4, dtype=torch.int32)
         self.layers = {name: Namespace(indexer=Indexer(), index_cache=torch.zeros(4, 8960)) for name in "ab"}
         self.metadata = Namespace(
@@ -101,7 +111,7 @@ class Step:
     def score(self, layer, dense_layer=""):
         q, gates = torch.zeros(8, 64, 128), torch.zeros(8, 64)
         hidden = torch.zeros(8, 16)
-        result = cuda.attention.sparse_attn_indexer(
+        result = self.cuda.attention.sparse_attn_indexer(
             hidden, layer, None, q, None, None, gates, 128, "ue8m0", 4, 128, 1000, 2000, self.buffer,
             dense_mha_metadata_layer_name=dense_layer,
         )  # fmt: skip
@@ -110,8 +120,8 @@ class Step:
 
 
 @pytest.fixture
-def step(monkeypatch):
-    return Step(monkeypatch)
+def step(cuda, monkeypatch):
+    return Step(cuda, monkeypatch)
 
 
 def test_layers_share_the_rows_of_a_step(step):
@@ -148,7 +158,15 @@ def test_statistics_are_kept_where_attention_is_dense(step):
 
 def test_profiling_reserves_and_scores_nothing(step, monkeypatch):
     exchange = []
-    monkeypatch.setattr(cuda, "_reserve_row_shard_exchange_transient", lambda *args: exchange.append(args))
+    monkeypatch.setattr(step.cuda, "_reserve_row_shard_exchange_transient", lambda *args: exchange.append(args))
     step.begin(None)
     assert step.score("a") == [("reserve", 10, 1000)]
     assert len(exchange) == 1
+
+
+def test_a_module_imported_too_early_is_refused(cuda, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    cuda.require_breaks()
+    monkeypatch.setattr(cuda.attention.DeepseekV32Attention, "_sparse_indexer_and_attn", lambda self: None)
+    with pytest.raises(RuntimeError, match="imported before VLLM_USE_BREAKABLE_CUDAGRAPH"):
+        cuda.require_breaks()

@@ -4,7 +4,8 @@ Each model has 4 dense layers and random weights, made from a config.json alone;
 an ordinary size (vLLM's own dummy weights make every index score about 2^-50, which no selection is made for). Every
 engine runs in a process of its own, stock vLLM first and ours after it, on the same prompts. Time to first token is
 that of one request with an empty prefix cache; decode speed is taken between the 2nd and the 66th token of requests
-whose prompts are in the prefix cache. Medians of several runs each. "over stock" is the time of the stock engine over the engine's.
+whose prompts are in the prefix cache. Medians of several runs each. "over stock" is the time of the stock engine over
+the engine's.
 """
 
 import argparse
@@ -148,6 +149,7 @@ class Engine:
             "skip_tokenizer_init": True,
             "max_model_len": self.max_model_len,
             "seed": 1,
+            "enable_flashinfer_autotune": False,  # its kernels have no part in these models; saves a full step
             "worker_extension_cls": f"misa_vllm.bench.serve_shapes.{OrdinaryWeights.__qualname__}",
         } | self.llm
         if self.policy is not None:

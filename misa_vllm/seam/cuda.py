@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.sparse_attn_indexer import PrefillRowShard, _reserve_row_shard_exchange_transient
@@ -76,6 +77,19 @@ def _scoring_is_skipped(forward_context, dense_mha_layer: str) -> bool:
         and getattr(mla, "num_decode_tokens", -1) == 0
         and not torch.cuda.is_current_stream_capturing()
     )
+
+
+def require_breaks() -> None:
+    """Raise RuntimeError if vLLM's module was imported too early for the breaks it needs in captured graphs.
+
+    Its decorator would have done nothing, and graphs of prefills would be captured with one step's lengths in them.
+    """
+    breaks = hasattr(attention.DeepseekV32Attention._sparse_indexer_and_attn, "__wrapped__")
+    if is_breakable_cudagraph_enabled() and not breaks:
+        raise RuntimeError(
+            "vllm.models.deepseek_v32 was imported before VLLM_USE_BREAKABLE_CUDAGRAPH was set: "
+            "set it to 1 in the environment, or import the module later"
+        )
 
 
 def extend_fused_indexer(index_cache_class: type) -> None:
