@@ -3,11 +3,13 @@
 Engines start slowly, so each serves several tests.
 """
 
+from collections import Counter
 from functools import wraps
 
 import pytest
 import torch
 
+from misa_vllm import metrics
 from misa_vllm.indexer import Indexer
 from tests.engine.conftest import TOPK, Engine, greedy, offline_engine, products_row_by_row, random_prompt, write_model
 
@@ -44,6 +46,17 @@ def test_dsa_generates_stocks_tokens(model, prompts, request):
     noise = different(*stock)
     assert noise < len(prompts) // 4
     assert different(ours[0], stock[0]) <= 2 * noise
+
+
+def test_prompts_are_audited(deepseek_model, monkeypatch):
+    """Every 64th position of a prompt, in both layers; what graphs decode is left out."""
+    length, counted = 3009, Counter()  # no such position follows among the tokens decoded
+    options = {**OPTIONS, "max_num_seqs": 4}
+    with offline_engine(deepseek_model, {"pool_block": 64, "audit_every": 64}, **options) as llm:
+        monkeypatch.setattr(metrics, "_add", lambda counter, amount: counted.update({counter: amount}))
+        greedy(llm, [random_prompt(length)], TOKENS)
+    assert counted["audited_queries"] == 2 * len(range(-(-(TOPK + 1) // 64) * 64, length + 1, 64))
+    assert 0 < counted["audited_recall_sum"] < counted["audited_queries"]
 
 
 # ---------------------------------------------------------------- every policy, every decoding mode
