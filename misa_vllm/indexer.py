@@ -53,4 +53,6 @@ class Indexer:
         size = self.policy.workspace_bytes(max_rows) + self.kernels.workspace_bytes(
             max_rows, max_visible, self.policy.widest_selection
         )
+        if self.settings.audit_every:
+            size += metrics.audit_bytes(self.settings)
         torch.empty(size, dtype=torch.uint8, device=device)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from misa_vllm.index_cache import INDEX_HEAD_DIM
 from misa_vllm.policies.base import IndexerStep
 from misa_vllm.settings import IndexerSettings
 
@@ -22,6 +23,8 @@ DIRECTORY_VARIABLE = "MISA_METRICS_DIR"
 PATHS = ("all", "exact", "routed")
 """How a query's tokens were selected: fewer than top-k visible, by all heads, by routed heads."""
 COUNTERS = (*PATHS, "audited_queries", "audited_recall_sum")
+AUDITED_AT_ONCE = 1024
+"""Queries compared together: bounds the memory of the comparison (`audit_bytes`)."""
 
 
 def export(settings: IndexerSettings) -> None:
@@ -124,15 +127,21 @@ def audit(settings: IndexerSettings, step: IndexerStep, out: torch.Tensor) -> No
         return
     visible = step.rows.visible
     sampled = torch.nonzero((visible >= settings.route_from) & (visible % settings.audit_every == 0)).flatten()
-    if not len(sampled):
-        return
-    rows = step.rows.take(sampled)
-    exact = torch.empty(len(sampled), settings.topk, dtype=torch.int32, device=out.device)
-    step.kernels.select_tokens(
-        step.q[sampled], step.gates[sampled], None, step.index_cache, rows, settings.topk, exact
-    )
-    _add("audited_queries", len(sampled))
-    _add("audited_recall_sum", float(recall(out[sampled, : settings.topk], exact).sum()))
+    for part in sampled.split(AUDITED_AT_ONCE) if len(sampled) else ():
+        exact = torch.empty(len(part), settings.topk, dtype=torch.int32, device=out.device)
+        # as bytes: not every device and version of torch gathers float8
+        q = step.q.view(torch.uint8)[part].view(step.q.dtype)
+        rows = step.rows.take(part)
+        step.kernels.select_tokens(q, step.gates[part], None, step.index_cache, rows, settings.topk, exact)
+        _add("audited_queries", len(part))
+        _add("audited_recall_sum", float(recall(out[part, : settings.topk], exact).sum()))
+
+
+def audit_bytes(settings: IndexerSettings) -> int:
+    """Device memory that `audit` takes besides what the kernels take."""
+    query = settings.index_heads * INDEX_HEAD_DIM
+    joined = 2 * settings.topk * (2 * torch.int32.itemsize + 2 * torch.int64.itemsize)  # with their sort's
+    return AUDITED_AT_ONCE * (query + settings.topk * torch.int32.itemsize + joined)
 
 
 def recall(selected: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:

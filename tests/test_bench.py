@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from misa_vllm import reference
-from misa_vllm.bench import cli, indexers, kernels, report, serve_shapes, timing
+from misa_vllm.bench import cli, decode_profile, indexers, kernels, report, serve_shapes, timing
 from misa_vllm.bench.paper import PaperIndexer
 from misa_vllm.bench.plot import curves
 from misa_vllm.bench.report import BenchmarkError
@@ -479,6 +479,22 @@ def test_failed_case_leaves_the_others(on_cpu, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_cases_after_the_budget_are_left_out(on_cpu, monkeypatch, capsys):
+    monkeypatch.setattr(indexers, "available_kernels", lambda *_: ({"cuda": reference}, []))
+    clock = iter(range(0, 10_000, 100))
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    result = run_on_cpu("--phases", "prefill", "--budget", "250")
+    assert {row["keys"] for row in result["rows"]} == {300} and not result["failures"]
+    assert result["left_out"][0] == "left out, --budget 250 was spent: prefill, H = 8, 70 rows, 500 keys"
+    capsys.readouterr()
+
+
+def test_scores_of_any_size_agree(on_cpu, monkeypatch, capsys):
+    monkeypatch.setattr(indexers, "available_kernels", lambda *_: ({"cuda": reference}, []))
+    assert not run_on_cpu("--phases", "prefill", "--gate-scale", "1e-15")["failures"]
+    capsys.readouterr()
+
+
 def test_disagreement_is_reported_and_not_timed(on_cpu, monkeypatch, capsys, tmp_path):
     def newest(q, gates, heads, index_cache, rows, k, out, *bounds):
         out[:, :k] = rows.visible.unsqueeze(1) - 1 - torch.arange(k)
@@ -599,6 +615,13 @@ def test_engine_holds_the_longest_request():
     assert engine().max_model_len >= 3001
     assert engine(contexts=[]).max_model_len >= 2000 + 66
     assert engine(decode_contexts=[], batches=[]).max_model_len % 64 == 0
+    assert engine(contexts=[], profile=True).max_model_len >= 2000 + decode_profile.TOKENS
+
+
+def test_profiling_needs_one_process():
+    with pytest.raises(BenchmarkError, match="leave out --tensor-parallel-size"):
+        serve_shapes.engines_of(arguments("serve-shapes", "--profile", "--tensor-parallel-size", "2"))
+    assert all(one.profile for one in serve_shapes.engines_of(arguments("serve-shapes", "--profile")))
 
 
 def test_nothing_to_serve():
@@ -625,6 +648,10 @@ class FakeLLM:
 
     def reset_prefix_cache(self):
         self.cached.clear()
+
+    def collective_rpc(self, method):
+        assert not self.cached and hasattr(serve_shapes.OrdinaryWeights, method)
+        assert self.arguments["worker_extension_cls"] == "misa_vllm.bench.serve_shapes.OrdinaryWeights"
 
     def generate(self, prompts, sampling, use_tqdm):
         assert len(prompts) <= self.arguments["max_num_seqs"]
@@ -661,6 +688,78 @@ def test_measuring_an_engine(policy, monkeypatch, tmp_path):
     assert result["kernels"] == (None if policy is None else "reference")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["max_position_embeddings"] == FakeLLM.made[-1].arguments["max_model_len"]
+
+
+class FakeSteps:
+    """vLLM's engine, one token a step for every request; a step calls torch."""
+
+    def __init__(self, **_):
+        self.tokens, self.most = {}, {}
+
+    def add_request(self, name, prompt, sampling):
+        self.tokens[name], self.most[name] = [], sampling.max_tokens
+
+    def step(self):
+        torch.ones(8).sum()
+        for tokens in self.tokens.values():
+            tokens.append(0)
+        return [
+            SimpleNamespace(
+                request_id=name,
+                outputs=[SimpleNamespace(token_ids=tokens)],
+                finished=len(tokens) >= self.most[name],
+            )
+            for name, tokens in self.tokens.items()
+        ]
+
+    def abort_request(self, names):
+        for name in names:
+            del self.tokens[name]
+
+    def has_unfinished_requests(self):
+        return bool(self.tokens)
+
+
+def test_profile_of_decode_steps():
+    engine = FakeSteps()
+    sampling = SimpleNamespace(max_tokens=decode_profile.TOKENS)
+    profile = decode_profile.profile_decode(engine, [{}, {}], sampling)
+    assert profile["batch"] == 2 and not engine.has_unfinished_requests()
+    assert profile["wall_ms"]["least"] <= profile["wall_ms"]["median"] <= profile["wall_ms"]["most"]
+    if not torch.cuda.is_available():
+        assert (profile["kernels"], profile["gpu_busy_ms"], profile["top"]) == (0, 0, [])
+    with pytest.raises(RuntimeError, match="ended after 20 tokens"):
+        decode_profile.profile_decode(FakeSteps(), [{}], SimpleNamespace(max_tokens=20))
+
+
+def test_summary_of_a_profile():
+    event = decode_profile.Event
+    events = [
+        event("cudaGraphLaunch", 0.0, 5.0, False),
+        event("void misa::a<8>(int*)", 10.0, 4.0, True),
+        event("Memset (Device)", 12.0, 6.0, True),  # begins before the kernel ends
+        event("cudaEventSynchronize", 20.0, 100.0, False),
+        event("void misa::a<8>(int*)", 30.0, 4.0, True),
+    ]
+    found = decode_profile.summary(events, steps=2)
+    assert found["gpu_busy_ms"] == pytest.approx(12e-3 / 2)
+    assert found["kernels"] == 1
+    assert found["calls"]["cudaEventSynchronize"] == {"count": 0.5, "us": 50}
+    assert found["top"][0] == {"name": "misa::a<8>", "us": 4, "count": 1}
+    wall = dict.fromkeys(("median", "p90", "least", "most"), 1.0)
+    lines = decode_profile.as_text({"batch": 1, "wall_ms": wall, **found})
+    assert "busy 0.006 ms with 1.0 kernels" in lines[0] and "cudaGraphLaunch 0.5" in lines[1]
+
+
+def test_drawn_weights_keep_the_size_of_activations():
+    model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.LayerNorm(512), torch.nn.Embedding(8, 512))
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, -1e-3, 1e-3)
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    serve_shapes.draw_weights(model)
+    assert model[0](torch.randn(64, 512)).std().item() == pytest.approx(1, rel=0.1)
+    assert model[1].weight.unique().tolist() == [1] and model[1].bias.unique().tolist() == [0]
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
 
 
 def stand_in_for_python(monkeypatch, tmp_path, body):
@@ -750,3 +849,25 @@ def test_failed_engine_leaves_the_others(monkeypatch, tmp_path, capsys):
     assert len(result["engines"]) == 3
     assert result["environment"] == ENVIRONMENT
     assert "misa-bench: failed: glm-5, misa" in capsys.readouterr().err
+
+
+def test_engines_after_the_budget_are_left_out(monkeypatch, tmp_path, capsys):
+    clock, given = [0.0], []
+    file = tmp_path / "out.json"
+
+    def run_engine(one, timeout, logs):
+        given.append(timeout)
+        clock[0] += 50
+        if len(given) == 2:  # what the first engine gave is on disk
+            assert len(json.loads(file.read_text())["rows"]) == 2
+        return measured(one.name, 1.0, 0.01) | {"environment": ENVIRONMENT}, None
+
+    monkeypatch.setattr(report, "require_gpu", lambda: None)
+    monkeypatch.setattr(serve_shapes, "run_engine", run_engine)
+    monkeypatch.setattr(serve_shapes, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert cli.main(["serve-shapes", "--json", str(file), "--budget", "110", "--timeout", "70"]) == 1
+    assert given == [70, 60]
+    result = json.loads(file.read_text())
+    assert len(result["engines"]) == 2
+    assert result["failures"] == [f"glm-5, {name}: not started, --budget 110 is spent" for name in ("stock", "misa")]
+    capsys.readouterr()

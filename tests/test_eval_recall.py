@@ -478,6 +478,7 @@ def test_cost_of_the_policies():
 
 def test_selections_of_stock_kernels_are_observed(monkeypatch):
     """CUDA's scoring function under policy dsa, around a stand-in for stock's."""
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")  # read when vLLM's module is imported
     from misa_vllm.seam import cuda
 
     buffer = torch.zeros(10, 4, dtype=torch.int32)

@@ -1,12 +1,16 @@
 """Counters reach the server's registry from other processes; recall is the share of DSA's tokens."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from misa_vllm import metrics
+from misa_vllm.indexer import Indexer
+from misa_vllm.policies import IndexerStep
+from misa_vllm.rows import QueryRows
 from misa_vllm.settings import IndexerSettings
 
 SETTINGS = IndexerSettings(
@@ -60,3 +64,45 @@ def test_nothing_is_written_where_nobody_serves_metrics(monkeypatch, tmp_path):
     metrics.count_queries(SETTINGS, np.array([1]), np.array([1]))
     assert metrics._counters() is None
     metrics._counters.cache_clear()
+
+
+class ExactKernels:
+    """Stands in for the kernels: every query's best tokens are the first ones."""
+
+    def __init__(self):
+        self.calls = []
+
+    def select_tokens(self, q, gates, heads, index_cache, rows, k, out):
+        assert heads is None and len(q) == len(gates) == len(rows) == len(out)
+        self.calls.append(rows.visible.tolist())
+        out[:] = torch.arange(k)
+
+
+@pytest.mark.parametrize("at_once", [2, 1024])
+def test_every_nth_routed_query_is_audited(directory, monkeypatch, at_once):
+    monkeypatch.setattr(metrics, "AUDITED_AT_ONCE", at_once)
+    visible = torch.arange(60, 80, dtype=torch.int32)  # routed from 64 on
+    rows = QueryRows(torch.zeros(1, 2, dtype=torch.int32), torch.zeros_like(visible), visible, 79)
+    q = torch.zeros(20, 64, 128).to(torch.float8_e4m3fn)
+    kernels = ExactKernels()
+    step = IndexerStep(q, torch.zeros(20, 64), torch.zeros(2, 8960, dtype=torch.uint8), rows, kernels)
+    out = torch.tensor([[0, 1, 70, 71, -7]], dtype=torch.int32).expand(20, 5).contiguous()
+    metrics.audit(replace(SETTINGS, audit_every=5), step, out)
+    assert sum(kernels.calls, []) == [65, 70, 75]
+    assert max(map(len, kernels.calls)) <= at_once
+    seen = samples(directory)
+    assert (seen["misa:audited_queries_total", None], seen["misa:audited_recall_sum_total", None]) == (3, 1.5)
+    metrics.audit(replace(SETTINGS, audit_every=1000), step, out)  # none is sampled
+    assert samples(directory) == seen and len(sum(kernels.calls, [])) == 3
+
+
+def test_memory_of_the_audit_is_reserved():
+    taken = []
+    kernels = SimpleNamespace(workspace_bytes=lambda rows, visible, k: 7)
+    for every in (0, 64):
+        indexer = Indexer(replace(SETTINGS, audit_every=every), "cpu")
+        indexer.kernels = kernels
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "empty", lambda size, **_: taken.append(size))
+            indexer.reserve(8192, 2**20, torch.device("cpu"))
+    assert taken == [7, 7 + metrics.audit_bytes(SETTINGS)]

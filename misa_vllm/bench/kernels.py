@@ -57,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--next-n", **next_n, help="decode: queries of each request (default: 1 2)")
     text = "decode: the engine's, which bounds captured grids and sizes stock's score rows (default: N)"
     parser.add_argument("--max-model-len", type=count, default=1, help=text)
+    text = "factor of all scores, e.g. 1e-15: as far from the ordinary as scores of untrained weights (default: 1)"
+    parser.add_argument("--gate-scale", type=float, default=1.0, help=text)
+    text = "seconds: no case is started later (default: no limit)"
+    parser.add_argument("--budget", type=count, help=text)
     text = "time policy misa from 8192 to 1048576 keys, and measure the transient memory of 8192 rows at 1048576"
     parser.add_argument("--growth", action="store_true", help=text)
     text = "time the paper's released approach in plain torch too (misa_vllm/bench/paper.py)"
@@ -201,6 +205,9 @@ class Benchmark:
 
     def _guarded(self, what: str, measure, *args) -> list[dict]:
         """What `measure` gives; a failure is noted and leaves the other figures standing."""
+        if self.args.budget is not None and time.perf_counter() - self.start > self.args.budget:
+            self.left_out.append(f"left out, --budget {self.args.budget} was spent: {what}")
+            return []
         try:
             return measure(*args)
         except Exception as error:  # whatever a kernel raises
@@ -214,7 +221,8 @@ class Benchmark:
     def _inputs(self, case: Case):
         calls, sets = calls_and_sets(case, self.l2_bytes)
         most = max(case.keys, self.args.max_model_len) if case.phase == "decode" else case.keys
-        return calls, [make_inputs(case, self.pool, number, most) for number in range(sets)]
+        scale = self.args.gate_scale
+        return calls, [make_inputs(case, self.pool, number, most, scale) for number in range(sets)]
 
     def _time(self, case: Case, calls: int, sets: int, stages: dict, eager: bool) -> list[dict]:
         """Time stages {(implementation, name): call on a set}; the rows of the result."""

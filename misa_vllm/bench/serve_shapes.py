@@ -1,9 +1,11 @@
 """Engines on a GPU: time to first token and decode speed of models with the shapes of DeepSeek-V3.2 and GLM-5.
 
-Each model has 4 dense layers and random weights, made from a config.json alone. Every engine runs in a process of its
-own, stock vLLM first and ours after it, on the same prompts. Time to first token is that of one request with an empty
-prefix cache; decode speed is taken between the 2nd and the 66th token of requests whose prompts are in the prefix
-cache. Medians of several runs each. "over stock" is the time of the stock engine over the engine's.
+Each model has 4 dense layers and random weights, made from a config.json alone; they are drawn so that activations keep
+an ordinary size (vLLM's own dummy weights make every index score about 2^-50, which no selection is made for). Every
+engine runs in a process of its own, stock vLLM first and ours after it, on the same prompts. Time to first token is
+that of one request with an empty prefix cache; decode speed is taken between the 2nd and the 66th token of requests
+whose prompts are in the prefix cache. Medians of several runs each. "over stock" is the time of the stock engine over
+the engine's.
 """
 
 import argparse
@@ -20,7 +22,9 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from misa_vllm.bench import report
+import torch
+
+from misa_vllm.bench import decode_profile, report
 from misa_vllm.bench.report import at_least
 
 DEEPSEEK_V32 = {
@@ -82,8 +86,29 @@ KERNELS = ("auto", "cuda", "triton")
 POLICIES = ("misa", "hierarchical", "dsa")
 DECODE_FROM, DECODE_TO = 2, 66
 """Decode is timed between these numbers of generated tokens."""
+LEAST_S = 20
+"""An engine is not started with less time than this left."""
 FIRST_ORDINARY_TOKEN = 10
 LOG_LINES_SHOWN = 20
+
+
+class OrdinaryWeights:
+    """A method that vLLM adds to its worker (`worker_extension_cls`)."""
+
+    def misa_draw_weights(self) -> None:
+        """Replace the dummy weights: norms scale by one, matrices keep the size of what they multiply."""
+        draw_weights(self.get_model())
+
+
+@torch.inference_mode()
+def draw_weights(model: torch.nn.Module) -> None:
+    """Draw a model's parameters in place, where captured graphs read them."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 @dataclass(frozen=True)
@@ -102,6 +127,8 @@ class Engine:
     """Arguments of vLLM's `LLM` besides those that follow from the above."""
     options: dict = field(default_factory=dict)
     """The backend's options besides the policy."""
+    profile: bool = False
+    """Whether decode steps are profiled too."""
 
     @property
     def name(self) -> str:
@@ -111,7 +138,8 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        longest = max([*self.contexts, *(context + DECODE_TO for context in self.decode_contexts)])
+        generated = max(DECODE_TO, decode_profile.TOKENS if self.profile else 0)
+        longest = max([*self.contexts, *(context + generated for context in self.decode_contexts)])
         return -(-(longest + 1) // 64) * 64
 
     def llm_arguments(self, model: str) -> dict:
@@ -121,6 +149,8 @@ class Engine:
             "skip_tokenizer_init": True,
             "max_model_len": self.max_model_len,
             "seed": 1,
+            "enable_flashinfer_autotune": False,  # its kernels have no part in these models; saves a full step
+            "worker_extension_cls": f"misa_vllm.bench.serve_shapes.{OrdinaryWeights.__qualname__}",
         } | self.llm
         if self.policy is not None:
             arguments["attention_backend"] = "misa"
@@ -157,7 +187,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.7, help=text)
     text = "seconds until an engine is given up (default: %(default)s)"
     parser.add_argument("--timeout", type=count, default=1800, help=text)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    text = "seconds for all engines: none is started later, the one that runs then is given up (default: no limit)"
+    parser.add_argument("--budget", type=count, help=text)
+    text = "also take decode steps apart: wall time, GPU time, launches, kernels by time (one GPU)"
+    parser.add_argument("--profile", action="store_true", help=text)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there, after each engine")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the engines' logs there")
 
 
@@ -180,13 +214,17 @@ def engines_of(args: argparse.Namespace) -> list[Engine]:
     }
     if not (args.contexts or batches):
         raise report.BenchmarkError("nothing to time: name --contexts or --batches")
+    if args.profile and args.tensor_parallel_size > 1:
+        raise report.BenchmarkError("--profile sees one process: leave out --tensor-parallel-size")
     decode_contexts = args.decode_contexts if batches else []
     sizes = (args.contexts, decode_contexts, batches, args.repeats, llm)
     engines = []
     for shape in args.shapes:
-        engines.append(Engine(shape, None, "auto", *sizes))
+        engines.append(Engine(shape, None, "auto", *sizes, profile=args.profile))
         engines += [
-            Engine(shape, policy, kernels, *sizes, args.options) for policy in args.policies for kernels in args.kernels
+            Engine(shape, policy, kernels, *sizes, args.options, args.profile)
+            for policy in args.policies
+            for kernels in args.kernels
         ]
     return engines
 
@@ -200,19 +238,27 @@ def run(args: argparse.Namespace) -> int:
         "arguments": report.plain(vars(args)),
         "environment": None,
         "engines": [],
+        "rows": [],
         "failures": [],
     }
+    begin = time.perf_counter()
     for engine in engines:
         start = time.perf_counter()
-        measured, problem = run_engine(engine, args.timeout, args.logs)
         title = f"{engine.shape}, {engine.name}"
+        left = args.timeout if args.budget is None else min(args.timeout, args.budget - (start - begin))
+        if left < LEAST_S:
+            result["failures"].append(f"{title}: not started, --budget {args.budget} is spent")
+            continue
+        measured, problem = run_engine(engine, left, args.logs)
         print(f"{time.perf_counter() - start:6.1f} s  {title}", file=sys.stderr, flush=True)
         if problem is not None:
             result["failures"].append(f"{title}: {problem}")
             continue
         result["environment"] = measured.pop("environment")
         result["engines"].append({"shape": engine.shape, "engine": engine.name} | measured)
-    result["rows"] = rows_of(result["engines"])
+        result["rows"] = rows_of(result["engines"])
+        if args.json:
+            report.write_text(args.json, json.dumps(result, indent=1) + "\n")
     if result["engines"]:
         print(as_text(result))
         if args.json:
@@ -272,6 +318,7 @@ def measure_engine(folder: Path) -> None:
         register()  # vLLM does it itself where the package is installed
     start = time.perf_counter()
     llm = LLM(**engine.llm_arguments(str(model)))
+    llm.collective_rpc("misa_draw_weights")
     started = time.perf_counter() - start
 
     def generate(prompts: list[dict], tokens: int) -> float:
@@ -284,7 +331,7 @@ def measure_engine(folder: Path) -> None:
             raise RuntimeError(f"the engine did not generate {tokens} tokens for each of {len(prompts)} prompts")
         return seconds
 
-    first_token, decode = [], []
+    first_token, decode, profiles = [], [], []
     if engine.contexts:
         generate([prompt(min(engine.contexts), seed=0)], 1)  # what is compiled at first use is not timed
     for context in engine.contexts:
@@ -305,11 +352,19 @@ def measure_engine(folder: Path) -> None:
                 steps.append((many - few) / (DECODE_TO - DECODE_FROM))
             median = statistics.median(steps)
             decode.append({"context": context, "batch": batch, "step_s": steps, "median_step_s": median})
+            if engine.profile:
+                sampling = SamplingParams(
+                    temperature=0, max_tokens=decode_profile.TOKENS, ignore_eos=True, detokenize=False
+                )
+                profile = decode_profile.profile_decode(llm.llm_engine, prompts[:batch], sampling)
+                mode = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
+                profiles.append({"context": context, "cudagraph_mode": getattr(mode, "name", None)} | profile)
     result = {
         "start_s": started,
         "kernels": None,
         "first_token": first_token,
         "decode": decode,
+        "profiles": profiles,
         "environment": report.environment(),
     }
     if engine.policy is not None:
@@ -371,7 +426,12 @@ def as_text(result: dict) -> str:
         f"4 dense layers, random weights, chunks of {args['chunk']} tokens, KV cache {args['kv_cache_dtype']}, "
         f"tensor parallel {args['tensor_parallel_size']}, medians of {args['repeats']}"
     )
-    return "\n".join([report.headline(result["environment"]), setting, "", report.aligned_table(header, cells, left=2)])
+    lines = [report.headline(result["environment"]), setting, "", report.aligned_table(header, cells, left=2)]
+    for engine in result.get("engines", ()):
+        for one in engine.get("profiles", ()):
+            title = f"{engine['shape']}, {engine['engine']}, batch {one['batch']}, {one['context']} tokens"
+            lines += ["", f"decode step of {title}, {one['cudagraph_mode']} graphs:", *decode_profile.as_text(one)]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -179,8 +179,10 @@ class Inputs:
     """[pages, 64, 132] uint8."""
 
 
-def make_inputs(case: Case, pool: KeyPool, number: int, max_visible: int) -> Inputs:
+def make_inputs(case: Case, pool: KeyPool, number: int, max_visible: int, gate_scale: float = 1.0) -> Inputs:
     """The `number`-th set; sets of a case share no page of the pool while it has pages enough.
+
+    Scores are in proportion to `gate_scale`; at 1 most of them are between 2^-10 and 2^2.
 
     Decode's rows tell the host what a captured graph knows: no lower bound, and `max_visible` as the upper one.
     """
@@ -195,5 +197,5 @@ def make_inputs(case: Case, pool: KeyPool, number: int, max_visible: int) -> Inp
     last = visible.long() - 1
     slots = block_table[request.long(), last // PAGE_TOKENS].long() * PAGE_TOKENS + last % PAGE_TOKENS
     q = pool.normal(case.rows, case.heads, INDEX_HEAD_DIM).to(torch.float8_e4m3fn)
-    gates = pool.normal(case.rows, case.heads) * (INDEX_HEAD_DIM * case.heads) ** -0.5
+    gates = pool.normal(case.rows, case.heads) * (gate_scale * (INDEX_HEAD_DIM * case.heads) ** -0.5)
     return Inputs(q, gates, pool.index_cache, rows, slots, pool.stock_cache)

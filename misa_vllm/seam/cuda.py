@@ -3,13 +3,15 @@
 import functools
 
 import torch
+from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.sparse_attn_indexer import PrefillRowShard
+from vllm.model_executor.layers.sparse_attn_indexer import PrefillRowShard, _reserve_row_shard_exchange_transient
 from vllm.models.deepseek_v32 import attention
 from vllm.v1.attention.backends.mla.indexer import DeepseekV32IndexerBackend, DeepseekV32IndexerMetadataBuilder
 
-from misa_vllm import metrics
+from misa_vllm import metrics, reference
+from misa_vllm.kernels import triton as triton_kernels
 from misa_vllm.rows import QueryRows
 from misa_vllm.seam import settings_for
 
@@ -45,16 +47,15 @@ class IndexStorageWithRows(DeepseekV32IndexerBackend):
 def _query_rows(forward_context, metadata, max_model_len: int):
     """`QueryRows` of a step on CUDA, computed by its first layer and shared by the others.
 
-    Runs inside captured graphs: lengths are read on the device, and what the host knows of them is used only
-    where nothing is being captured.
+    They live as long as the forward context, of which each step has its own, and so has each pass of a draft model,
+    whose passes share one metadata object that the graph itself advances. In a captured graph the launch is part of
+    the graph: lengths are read on the device, and what the host knows of them is used only where nothing is being
+    captured.
     """
     cache = forward_context.__dict__.setdefault("misa_rows", {})
     if id(metadata) not in cache:
-        starts = metadata.query_start_loc
-        token = torch.arange(metadata.slot_mapping.shape[0], dtype=torch.int32, device=starts.device)
-        request = torch.searchsorted(starts[1:], token, right=True, out_int32=True).clamp_(max=starts.shape[0] - 2)
-        to_end = starts[1:][request] - token
-        visible = torch.where(to_end > 0, metadata.seq_lens[request] - to_end + 1, 0).to(torch.int32)
+        by = triton_kernels if metadata.seq_lens.is_cuda else reference
+        request, visible = by.address_rows(metadata.query_start_loc, metadata.seq_lens, len(metadata.slot_mapping))
         capturing = torch.cuda.is_current_stream_capturing()
         cache[id(metadata)] = QueryRows(
             block_table=metadata.block_table,
@@ -76,6 +77,19 @@ def _scoring_is_skipped(forward_context, dense_mha_layer: str) -> bool:
         and getattr(mla, "num_decode_tokens", -1) == 0
         and not torch.cuda.is_current_stream_capturing()
     )
+
+
+def require_breaks() -> None:
+    """Raise RuntimeError if vLLM's module was imported too early for the breaks it needs in captured graphs.
+
+    Its decorator would have done nothing, and graphs of prefills would be captured with one step's lengths in them.
+    """
+    breaks = hasattr(attention.DeepseekV32Attention._sparse_indexer_and_attn, "__wrapped__")
+    if is_breakable_cudagraph_enabled() and not breaks:
+        raise RuntimeError(
+            "vllm.models.deepseek_v32 was imported before VLLM_USE_BREAKABLE_CUDAGRAPH was set: "
+            "set it to 1 in the environment, or import the module later"
+        )
 
 
 def extend_fused_indexer(index_cache_class: type) -> None:
@@ -100,6 +114,7 @@ def extend_fused_indexer(index_cache_class: type) -> None:
             return selected
         if not isinstance(forward_context.attn_metadata, dict):
             indexer.reserve(topk_indices_buffer.shape[0], max_model_len, hidden_states.device)
+            _reserve_row_shard_exchange_transient(topk_indices_buffer, hidden_states.device)
             return topk_indices_buffer
         metadata = forward_context.attn_metadata[k_cache_prefix]
         # Keys were written before this call, so statistics come first, whatever else is skipped.

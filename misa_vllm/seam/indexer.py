@@ -1,6 +1,7 @@
 """DSA's indexer: page means join the index cache, and scoring becomes ours."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -28,10 +29,12 @@ def extend_indexer(cpu_storage: type[AttentionBackend]) -> None:
     else:
         from misa_vllm.seam import cuda
 
-        cuda.extend_fused_indexer(_make_index_cache_class(cuda.IndexStorageWithRows))
+        cuda.extend_fused_indexer(_make_index_cache_class(cuda.IndexStorageWithRows, cuda.require_breaks))
 
 
-def _make_index_cache_class(storage: type[AttentionBackend]) -> type[DeepseekV32IndexerCache]:
+def _make_index_cache_class(
+    storage: type[AttentionBackend], check: Callable[[], None] = lambda: None
+) -> type[DeepseekV32IndexerCache]:
     class IndexCacheWithMeans(DeepseekV32IndexerCache):
         """DSA's index-key cache whose pages end in the mean of their keys (`misa_vllm.index_cache`)."""
 
@@ -41,6 +44,7 @@ def _make_index_cache_class(storage: type[AttentionBackend]) -> type[DeepseekV32
             self.indexer = None
             self.index_cache = torch.empty(0, PAGE_BYTES, dtype=torch.uint8)
             if is_selected(vllm_config):
+                check()
                 self.indexer = Indexer(settings_for(vllm_config), vllm_config.device_config.device_type)
 
         def get_kv_cache_spec(self, vllm_config):

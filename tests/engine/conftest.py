@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # on GPUs: the sampler that compiles nothing at first use
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -86,6 +87,8 @@ def offline_engine(model: str, misa: dict | None, **options):
     """vLLM's `LLM`, stock (`misa` None) or under the backend with these options; it leaves nothing behind."""
     if misa is not None:
         options |= {"attention_backend": "misa", "additional_config": {"misa": misa}}
+    if ON_GPU:  # it would run a full batch for kernels that these models do not have
+        options.setdefault("enable_flashinfer_autotune", False)
     llm = LLM(model, **options)
     try:
         yield llm

@@ -1,7 +1,5 @@
 """What the options mean, seen from generated tokens and selections."""
 
-import copy
-
 import pytest
 
 from tests.engine.conftest import ON_GPU, TOPK, random_prompt
@@ -12,7 +10,7 @@ PROMPT = random_prompt(TOPK + 836, seed=5)
 def run(start_engine, model, **misa):
     engine = start_engine(model, misa)
     tokens = engine.generate([PROMPT])
-    return tokens, copy.deepcopy(engine.selected)
+    return tokens, [dict(layer) for layer in engine.selected]
 
 
 @pytest.fixture(scope="module", params=["deepseek_model", "glm_model"])

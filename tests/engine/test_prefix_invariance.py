@@ -4,8 +4,6 @@ On GPUs stock attention rounds a query by how many share its launch, so what the
 differs; there the first layer, whose input does not depend on attention, is compared.
 """
 
-import copy
-
 import pytest
 
 from tests.engine.conftest import ON_GPU, TOPK, random_prompt
@@ -27,7 +25,7 @@ def engine(request, start_engine, deepseek_model):
 def whole(engine):
     """Tokens and selections with the prompt prefilled in one step."""
     tokens = engine.generate([random_prompt(PROMPT)])
-    return tokens, copy.deepcopy(engine.selected)
+    return tokens, [dict(layer) for layer in engine.selected]
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,10 @@
 import pytest
 from vllm import SamplingParams
 
-from tests.engine.conftest import random_prompt
+from tests.engine.conftest import ON_GPU, random_prompt
 
 
+@pytest.mark.skipif(ON_GPU, reason="stock attention rounds by the chunk there, which a sampled token may show")
 @pytest.mark.parametrize("chunk", [64, 100])
 def test_seed_and_chunked_prefill(start_engine, deepseek_model, chunk):
     engine = start_engine(deepseek_model)

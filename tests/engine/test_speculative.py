@@ -1,7 +1,5 @@
 """Speculative decoding with the model's own multi-token-prediction layer: drafts that are rejected leave no trace."""
 
-import copy
-
 import pytest
 import torch
 
@@ -23,8 +21,8 @@ def generate(engine):
     """The tokens, what every layer of the model selected, and the bytes of every complete page, layer by layer."""
     tokens = engine.generate([random_prompt(PROMPT)], tokens=TOKENS)
     complete = engine.recorder.block_table[0, : (PROMPT + TOKENS) // PAGE_TOKENS].long()
-    pages = [cache.cpu()[complete] for cache in engine.index_caches[:LAYERS]]
-    return tokens, copy.deepcopy(engine.selected[:LAYERS]), pages
+    pages = [cache[complete.to(cache.device)].cpu() for cache in engine.index_caches[:LAYERS]]
+    return tokens, [dict(layer) for layer in engine.selected[:LAYERS]], pages
 
 
 @pytest.fixture(scope="module")

@@ -244,3 +244,12 @@ def test_sparse_attention_by_hand():
         for d in range(8):
             want = sum(w * v[d] for w, v in zip(weights, values.tolist())) / sum(weights)
             assert out[0, head, d].item() == pytest.approx(want, rel=1e-5, abs=1e-6)
+
+
+def test_rows_of_a_step():
+    """A prefill of three tokens, a decode, a request that a graph pads with, and tokens behind the last."""
+    starts, lengths = torch.tensor([0, 3, 4, 4], dtype=torch.int32), torch.tensor([10, 7, 0], dtype=torch.int32)
+    request, visible = reference.address_rows(starts, lengths, 6)
+    assert request[:4].tolist() == [0, 0, 0, 1]
+    assert visible.tolist() == [8, 9, 10, 7, 0, 0]
+    assert request.max() < len(lengths)

@@ -187,3 +187,20 @@ def test_reranked_tokens(k):
     reference.rerank_tokens(q, gates, candidates, cache, rows, k, expected, 1, 199)
     kernels.rerank_tokens(q, gates, candidates, cache, rows, k, tokens, 1, 199)
     assert as_sets(tokens) == as_sets(expected)
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths", "tokens"),
+    [
+        ([0, 1, 2, 3], [70, 1, 4000], 3),
+        ([0, 1, 2, 2, 2], [70, 1, 0, 0], 4),  # a graph's padding: requests without tokens, tokens without requests
+        ([0, 3, 6], [9, 0], 6),
+        ([0, 1, 2500, 2502], [9, 2600, 2], 2560),
+        ([0, 5], [5], 1),
+    ],
+)
+def test_rows_of_a_step(starts, lengths, tokens):
+    starts, lengths = (torch.tensor(values, dtype=torch.int32) for values in (starts, lengths))
+    expected = reference.address_rows(starts, lengths, tokens)
+    for result, wanted in zip(kernels.address_rows(starts, lengths, tokens), expected, strict=True):
+        assert result.dtype == torch.int32 and torch.equal(result, wanted)

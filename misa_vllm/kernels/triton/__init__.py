@@ -15,6 +15,7 @@ _OPERATIONS = {
     "select_tokens": "select",
     "rerank_tokens": "rerank",
     "workspace_bytes": "select",
+    "address_rows": "address",  # not part of the contract: vLLM's metadata on CUDA becomes rows by it
 }
 
 
