@@ -83,7 +83,9 @@ __global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __gr
                                                       for_each, scratch);
   if (threadIdx.x == 0) {
     p.threshold[slot] = float_of_order_key(static_cast<uint32_t>(cut >> 32));
-    p.last_tie[slot] = static_cast<int32_t>(position_of(cut));
+    // A cut below all samples of its score keeps all keys of that score
+    const uint32_t last = position_of(cut);
+    p.last_tie[slot] = last < static_cast<uint32_t>(p.num_samples) ? static_cast<int32_t>(last) : INT32_MAX;
   }
 }
 
