@@ -1,0 +1,88 @@
+"""The prefill kernels on the CPU (tests/cuda_emulation). Scores are exact in fp32, so that what is selected must equal
+the reference's to the token."""
+
+import pytest
+import torch
+
+from misa_vllm import reference
+from misa_vllm.index_cache import scales_view
+
+from .. import cuda_emulation
+from .cases import make_case, random_heads
+
+NO_BOUND = 2**31 - 1
+UNTOUCHED = -7
+
+
+def assert_equals_reference(operators, case, heads, k):
+    """Always the kernels for many rows; their workspace holds anything."""
+    rows = case.rows
+    out = torch.full((len(case), k + 3), UNTOUCHED, dtype=torch.int32)
+    workspace = torch.full((operators.prefill_workspace_bytes(rows.max_visible),), 0xFF, dtype=torch.uint8)
+    operators.prefill_select(
+        case.q, case.gates, heads, case.index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, k,
+        out, 0, NO_BOUND, workspace,
+    )  # fmt: skip
+    want = torch.full_like(out, UNTOUCHED)
+    reference.select_tokens(case.q, case.gates, heads, case.index_cache, rows, k, want[:, :k])
+    torch.testing.assert_close(out, want, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def operators(emulated_cuda):
+    return emulated_cuda._EXTENSION.operators
+
+
+@pytest.mark.parametrize("k", [64, 700])
+def test_a_tile_and_a_part_of_one(operators, k):
+    operators.configure(5, seed=k)
+    case = make_case([[3000 - i for i in range(70)]], 16, seed=1, exact=True)
+    assert_equals_reference(operators, case, random_heads(case, 8), k)
+
+
+@pytest.mark.parametrize("active_heads", [2, 16, 64])
+def test_rows_of_many_lengths(operators, active_heads):
+    operators.configure(3, seed=active_heads)
+    case = make_case([[2047, 2048, 2049, 100], [700], [0], [63, 64, 65]], 64, seed=active_heads, exact=True)
+    assert_equals_reference(operators, case, random_heads(case, active_heads), 64)
+
+
+@pytest.mark.parametrize("scores", ["constant", "infinite", "nan", "nan keys"])
+def test_scores_that_are_alike_or_not_finite(operators, scores):
+    operators.configure(4, seed=11)
+    case = make_case([[2500] * 3 + [2499], [2300, 1100]], 8, seed=5, exact=True)
+    gates = case.gates
+    if scores == "nan keys":
+        scales_view(case.index_cache)[::3, ::2] = torch.nan
+    else:
+        value = {"constant": 0.0, "nan": torch.nan, "infinite": torch.inf}[scores]
+        gates = torch.where(gates > 0.25, value, gates) if scores == "infinite" else torch.full_like(gates, value)
+    case = case.with_gates(gates)
+    assert_equals_reference(operators, case, random_heads(case, 8), 500)
+
+
+def test_a_workspace_for_few_rows(tmp_path):
+    """Several launches share their thresholds, and the rows that they leave undecided are repaired together."""
+    if cuda_emulation.find_compiler() is None:
+        pytest.skip("no C++ compiler on Linux")
+    constants = {
+        "kRegionBytes = 60ll << 20;": "kRegionBytes = 1600ll << 10;",
+        "kMaxLaunchRows = 4096;": "kMaxLaunchRows = 256;",
+    }
+    seen = []
+
+    def edit(text):
+        for old, new in constants.items():
+            seen.append(old in text)
+            text = text.replace(old, new)
+        return text
+
+    operators = cuda_emulation.build(tmp_path, ["prefill_select"], edit)
+    assert sum(seen) == len(constants), "a constant has another name or value"
+    operators.configure(3, seed=1)
+    case = make_case([[1500 - i for i in range(150)], [1490] * 30 + [300, 100, 0]], 16, seed=9, exact=True)
+    before = operators.launches
+    assert_equals_reference(operators, case, random_heads(case, 8), 700)
+    assert operators.launches - before == 7, "sample, threshold, twice collect and select, repair"
+    negative = case.with_gates(-case.gates.abs() - 0.25)
+    assert_equals_reference(operators, negative, random_heads(negative, 8), 700)
