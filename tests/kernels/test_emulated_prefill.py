@@ -6,6 +6,7 @@ import torch
 
 from misa_vllm import reference
 from misa_vllm.index_cache import scales_view
+from misa_vllm.rows import QueryRows
 
 from .. import cuda_emulation
 from .cases import make_case, random_heads
@@ -38,6 +39,27 @@ def test_a_tile_and_a_part_of_one(operators, k):
     operators.configure(5, seed=k)
     case = make_case([[3000 - i for i in range(70)]], 16, seed=1, exact=True)
     assert_equals_reference(operators, case, random_heads(case, 8), k)
+
+
+@pytest.mark.parametrize("k, bound", [(1, 3000), (700, 3000), (64, 1 << 20)])
+def test_a_row_alone(operators, k, bound):
+    """`bound`: the longest context that the caller knows of, which may be much longer than the row's."""
+    operators.configure(40, seed=k)
+    case = make_case([[3000]], 16, seed=k, exact=True)
+    case.rows = QueryRows(case.rows.block_table, case.rows.request, case.rows.visible, bound)
+    assert_equals_reference(operators, case, random_heads(case, 8), k)
+
+
+def test_requests_of_a_row_each(operators):
+    operators.configure(6, seed=2)
+    case = make_case([[200 + 25 * i] for i in range(20)], 16, seed=2, exact=True)
+    assert_equals_reference(operators, case, random_heads(case, 8), 100)
+
+
+def test_more_tokens_than_lists_are_kept_for(operators):
+    operators.configure(5, seed=3)
+    case = make_case([[16_500, 16_500, 100, 16_385, 0]], 16, seed=3, exact=True)
+    assert_equals_reference(operators, case, random_heads(case, 8), 16_385)
 
 
 @pytest.mark.parametrize("active_heads", [2, 16, 64])
