@@ -136,7 +136,7 @@ struct Shared {
   uint32_t next_place[T::kQueries];
   uint32_t list_end[T::kQueries];
   int32_t limit[T::kQueries];
-  alignas(16) float gates[kGroups][4][64];  // halved
+  alignas(16) float gates[kGroups][4][64];
   // Two queues of each thread, filled in turn, of (score bits, query << kPositionBits | position). Those of a warp
   // change hands together. Selections use the place when nothing is collected.
   union {
@@ -442,7 +442,7 @@ __device__ __forceinline__ void load_queries(const Params& p, int group, int thr
   for (int i = 0; i < 2; ++i) {
     int gate_row;
     const int head = source_of(thread + i * kGroupThreads, gate_row);
-    gate[i] = head < 0 ? 0.0f : 0.5f * p.gates[gate_row * p.gates_row_stride + head];
+    gate[i] = head < 0 ? 0.0f : p.gates[gate_row * p.gates_row_stride + head];
   }
 #pragma unroll
   for (int i = 0; i < kOwnColumns; ++i) {
@@ -637,9 +637,7 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
               const int own = query * kHeads + head;
-              // max(dot, 0) twice over, exactly: additions run at twice the rate of max, and gates are halved
-              const float dot = dots[own / 2 * 4 + 2 * r + own % 2];
-              const float positive = dot + fabsf(dot);
+              const float positive = fmaxf(dots[own / 2 * 4 + 2 * r + own % 2], 0.0f);
               score[r] = head == 0 ? gates[own] * positive : fmaf(gates[own], positive, score[r]);
             }
           }
