@@ -83,6 +83,43 @@ def test_scores_that_are_alike_or_not_finite(operators, scores):
     assert_equals_reference(operators, case, random_heads(case, 8), 500)
 
 
+FENCE = "ptx::fence_proxy_async();"
+
+
+@pytest.mark.parametrize(
+    "kernel, following",
+    [
+        ("prefill_select", "\n      ptx::mbarrier_arrive(&sh.full[landed.stage]);\n"),
+        ("prefill_select", "\n    sync_item<kMode>();\n"),
+        ("rerank", "  // the gathering warps"),
+    ],
+)
+def test_a_missing_proxy_fence_is_noticed(tmp_path, kernel, following):
+    if cuda_emulation.find_compiler() is None:
+        pytest.skip("no C++ compiler on Linux")
+    seen = []
+
+    def edit(text):
+        seen.append(FENCE + following in text)
+        return text.replace(FENCE + following, following)
+
+    broken = cuda_emulation.build(tmp_path, [kernel], edit)
+    assert sum(seen) == 1, "the line is not there any more"
+    case = make_case([[3000, 2999]], 16, exact=True)
+    heads = random_heads(case, 8)
+    broken.configure(3, seed=1)
+    with pytest.raises(cuda_emulation.EmulationError, match="proxy fence"):
+        if kernel == "rerank":
+            candidates = torch.arange(1024, dtype=torch.int32).repeat(2, 1)
+            rows, out = case.rows, torch.empty(2, 64, dtype=torch.int32)
+            broken.rerank_tokens(
+                case.q, case.gates, candidates, case.index_cache, rows.block_table, rows.request, rows.visible, 64, out,
+                0, NO_BOUND,
+            )  # fmt: skip
+        else:
+            assert_equals_reference(broken, case, heads, 64)
+
+
 def test_a_workspace_for_few_rows(tmp_path):
     """Several launches share their thresholds, and the rows that they leave undecided are repaired together."""
     if cuda_emulation.find_compiler() is None:

@@ -36,7 +36,7 @@ void cp_async_wait() {
 }
 inline void cp_async_wait_all() { emulator::thread_copy_wait_all(); }
 inline void cp_async_mbarrier_arrive(uint64_t* barrier) { emulator::thread_copy_arrive(barrier); }
-inline void fence_proxy_async() { emulator::maybe_switch(); }
+inline void fence_proxy_async() { emulator::fence_proxy_async(); }
 
 template <typename T>
 T load_acquire(const T* pointer) {
