@@ -112,23 +112,36 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 
-// Copies kBytes, 4 or 16, or fills them with zeros.
+// Copies kBytes, 4 or 16, to an address in shared memory if `copies`, without a branch.
 template <int kBytes>
-__device__ __forceinline__ void cp_async_or_zero(void* destination, const void* source, bool copies) {
+__device__ __forceinline__ void cp_async_if(bool copies, uint32_t destination, const void* source) {
   static_assert(kBytes == 4 || kBytes == 16);
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(destination)), "l"(source),
-                 "r"(copies ? 16 : 0)
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16;\n}\n" ::"r"(
+                     destination),
+                 "l"(source), "r"(static_cast<uint32_t>(copies))
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address(destination)), "l"(source),
-                 "r"(copies ? 4 : 0)
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p cp.async.ca.shared.global [%0], [%1], 4;\n}\n" ::"r"(
+                     destination),
+                 "l"(source), "r"(static_cast<uint32_t>(copies))
                  : "memory");
   }
 }
 
 // Orders this thread's ordinary shared-memory stores before later reads by tensor cores or the copy engine.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---------------------------------------------------------------- predicated stores
+
+// Stores to global memory if `stores`, without a branch.
+__device__ __forceinline__ void store_if(bool stores, uint2* to, const uint2& value) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
+      "@p st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(static_cast<uint32_t>(stores)),
+      "l"(to), "r"(value.x), "r"(value.y)
+      : "memory");
+}
 
 // ---------------------------------------------------------------- barriers of a part of a block
 
