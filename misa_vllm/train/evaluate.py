@@ -1,15 +1,35 @@
-"""What a model in training can do: needles by length and depth, and perplexity, dense and with DSA's selection."""
+"""What a model in training can do: needles by length and depth, and perplexity, dense and with DSA's selection.
 
+    python -m misa_vllm.train.evaluate CHECKPOINT --data .cache/corpus --out evaluation.json --seconds 240
+
+measures what would be shipped, the checkpoint rounded to int8 as `misa_vllm.models.trained` packs it, and writes the
+figures that the model's card shows. Rounds of one needle per depth and length (more where prompts are short) go on
+until the time is up, so that no length is left out.
+"""
+
+import argparse
+import json
 import math
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from misa_vllm.train.model import DENSE, DsaModel
+from misa_vllm.models import trained
+from misa_vllm.train import checkpoint, kernels
+from misa_vllm.train.model import DENSE, SPARSE, DsaModel
+from misa_vllm.train.size import ModelSize
 from misa_vllm.train.tasks import Corpus, needle_prompt
 
 DEPTHS = tuple(i / 10 for i in range(11))
 TOKENS_AT_ONCE = 65536
+WHOLE = 64  # prompts are filled up to multiples of this: few shapes for the kernels, and rows that they like
+LENGTHS = tuple(2**i for i in range(10, 18))
+PERPLEXITY_LENGTHS = (1024, 4096, 32768)
+PERPLEXITY_TOKENS = 262144
+ROUND_TOKENS = 32768  # of one depth's prompts in a round
 
 
 def autocast(device: torch.device):
@@ -33,11 +53,13 @@ def needle_accuracy(
     at_once = max(1, TOKENS_AT_ONCE // length)
     for start in range(0, len(cases), at_once):
         part = cases[start : start + at_once]
-        tokens = torch.tensor([prompt + answer[:-1] for _, (prompt, answer) in part], device=device)
         answers = torch.tensor([answer for _, (_, answer) in part], device=device)
+        end = length + answers.shape[1] - 1
+        filling = [0] * (-end % WHOLE)  # behind the answer, so without influence on it
+        tokens = torch.tensor([prompt + answer[:-1] + filling for _, (prompt, answer) in part], device=device)
         with autocast(device):
             hidden, _ = model(tokens, mode)
-            guessed = model.logits(hidden[:, -answers.shape[1] :]).argmax(-1)
+            guessed = model.logits(hidden[:, length - 1 : end]).argmax(-1)
         for (depth, _), right in zip(part, (guessed == answers).all(-1).tolist(), strict=True):
             found[depth].append(right)
     return {depth: sum(right) / len(right) for depth, right in found.items()}
@@ -58,3 +80,83 @@ def perplexity(model: DsaModel, tokens: np.ndarray, length: int, windows: int, m
             losses, _ = model.token_losses(hidden, batch[:, 1:])
         total += losses.double().sum().item()
     return math.exp(total / (windows * length))
+
+
+# ---------------------------------------------------------------- the whole picture
+
+
+def measure(
+    model: DsaModel, held_out: Corpus, lengths: tuple[int, ...], seconds: float, log=print, depths=DEPTHS
+) -> dict:
+    """Perplexities, then rounds of needles at all `lengths` until the time is up; counts are [right, asked]."""
+    began = time.monotonic()
+    found: dict = {"perplexity": {DENSE: {}, SPARSE: {}}, "needles": {SPARSE: {}, DENSE: {}}}
+    for length in PERPLEXITY_LENGTHS:
+        if length > min(model.size.max_position, len(held_out.tokens) - 1):
+            continue
+        for mode in (DENSE, SPARSE):
+            value = perplexity(model, held_out.tokens, length, max(1, PERPLEXITY_TOKENS // length), mode)
+            found["perplexity"][mode][str(length)] = round(value, 4)
+            log(f"perplexity {mode:6} {length:6}: {value:.3f}")
+    rounds, took = 0, {}
+    work = [(mode, length) for length in lengths for mode in (SPARSE, DENSE)]
+    while work:
+        for mode, length in list(work):
+            started = time.monotonic()
+            # a round that would end late is not begun, but for the first of each kind
+            if (mode, length) in took and started + took[mode, length] > began + seconds:
+                work.remove((mode, length))
+                continue
+            each = max(1, ROUND_TOKENS // length)
+            shares = needle_accuracy(model, held_out, length, mode, each, depths, f"card/{rounds}")
+            cell = found["needles"][mode].setdefault(str(length), {})
+            for depth, share in shares.items():
+                right, asked = cell.get(str(depth), (0, 0))
+                cell[str(depth)] = [right + round(share * each), asked + each]
+            took[mode, length] = time.monotonic() - started
+            log(f"needles {mode:6} {length:6}: {sum(shares.values()) / len(shares):.3f}  "
+                + " ".join(f"{share:.2f}" for share in shares.values())
+                + f"  {took[mode, length]:.1f} s")  # fmt: skip
+        rounds += 1
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m misa_vllm.train.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="folder of misa_vllm.train.corpus")
+    parser.add_argument("--out", type=Path, required=True, help="write the figures here, a JSON file")
+    parser.add_argument("--lengths", type=lambda s: tuple(map(int, s.split(","))), default=LENGTHS, metavar="N,N")
+    parser.add_argument("--seconds", type=float, default=240.0, help="for all of it")
+    parser.add_argument("--ngram", type=Path, help="what misa_vllm.train.ngram printed, to stand beside the model's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    try:
+        device = torch.device(options.device)
+        model, page = checkpoint.load(options.checkpoint)
+        shipped = DsaModel(ModelSize(**page["size"]))
+        shipped.load_state_dict(trained.unpack(trained.pack(model.state_dict())))
+        size = shipped.size
+        for line in kernels.choose(
+            device, size.heads, size.index_heads, size.head_dim, size.index_head_dim, size.topk
+        ):
+            print(line, flush=True)
+        lengths = tuple(length for length in options.lengths if length + 8 <= size.max_position)
+        lengths += (size.max_position - WHOLE,) if len(lengths) < len(options.lengths) else ()
+        found = measure(
+            shipped.to(device), Corpus.read(options.data, "heldout"), lengths, options.seconds,
+            log=lambda line: print(line, flush=True),
+        )  # fmt: skip
+        found["ngram"] = json.loads(options.ngram.read_text(encoding="utf-8")) if options.ngram else None
+        found["training"] = {name: page[name] for name in ("steps", "tokens", "stage_steps", "progress")}
+        found["machine"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        found["torch"] = torch.__version__
+        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
