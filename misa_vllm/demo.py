@@ -289,7 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
     log = Path(tempfile.mkdtemp(prefix="misa-demo-")) / "server.log"
     port = free_port()
     try:
-        document, question, temperature, needle = options.document.read_text(encoding="utf-8"), options.question, 0.7, None
+        document, question = options.document.read_text(encoding="utf-8"), options.question
+        temperature, needle = 0.7, None
         if options.needle:
             from misa_vllm.eval.needles import draw_needle
 
@@ -316,7 +317,8 @@ def main(arguments: list[str] | None = None) -> int:
     if has_random_weights(Path(options.model)):
         print("\nRandom weights: the words mean nothing, and a trained indexer's recall (paper: over 92%) is higher.")
     if needle:
-        print(f"\nThe answer is {'right' if needle.is_answered_by(answer.text) else f'WRONG, the code is {needle.code}'}.")
+        right = needle.is_answered_by(answer.text)
+        print(f"\nThe answer is {'right' if right else f'WRONG: the code is {needle.code}'}.")
     print("\n" + report(answer, counted))
     return 0
 

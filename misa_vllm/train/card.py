@@ -13,16 +13,16 @@ def write_card(size: dict, parameters: int, packed_bytes: int, figures: dict, co
     stages = ", ".join(f"{name} {steps}" for name, steps in training["stage_steps"].items())
     return f"""# A small DSA model
 
-`DeepseekV32ForCausalLM` with {parameters / 1e6:.1f} M parameters: {size["layers"]} layers, hidden size {size["hidden"]}, \
-{size["heads"]} attention heads,
+`DeepseekV32ForCausalLM` with {parameters / 1e6:.1f} M parameters: {size["layers"]} layers, hidden size \
+{size["hidden"]}, {size["heads"]} attention heads,
 {size["index_heads"]} indexer heads of {size["index_head_dim"]} dimensions, top-{size["topk"]}, \
 {size["max_position"]} positions, {size["vocab"]} tokens. It finds what a long English
 text says and copies it; it knows nothing and cannot converse. It exists so that recall and retrieval of the selection
 policies can be measured on an indexer that was trained.
 
 `weights.safetensors` holds int8 matrices with one scale per row ({packed_bytes / 1e6:.1f} MB with the tokenizer);
-`python -m misa_vllm.models.trained FOLDER` writes the Hugging Face folder that vLLM serves. Asked as the evaluation
-asks (`misa_vllm/eval/needles.py`), as text or in the chat template.
+`python -m misa_vllm.models.trained FOLDER` writes the Hugging Face folder that vLLM serves. Ask it in the words
+of the evaluation (`misa_vllm/eval/needles.py`), in plain text or in the chat template.
 
 ## Training
 
@@ -38,7 +38,8 @@ other documents were held out. Packages: {sources}.
 ## Figures
 
 Of the int8 form, in `misa_vllm.train`'s own PyTorch code with exact DSA selection, held-out text;
-{figures["machine"]}, torch {figures["torch"]}. Commands: `python -m misa_vllm.train.evaluate`, `python -m misa_vllm.train.ngram`.
+{figures["machine"]}, torch {figures["torch"]}. Commands: `python -m misa_vllm.train.evaluate` and `python -m
+misa_vllm.train.ngram`.
 
 {_perplexities(figures)}
 
@@ -53,8 +54,8 @@ def _perplexities(figures: dict) -> str:
     rows = ["| perplexity at | dense | DSA | DSA / dense |", "| --- | --- | --- | --- |"]
     rows += [f"| {n} tokens | {dense[n]:.2f} | {sparse[n]:.2f} | {sparse[n] / dense[n]:.4f} |" for n in dense]
     if figures.get("ngram"):
-        ngram = figures["ngram"]
-        rows.append(f"\nOn the same text a unigram model has {ngram['unigram']:.1f}, a trigram model {ngram['trigram']:.2f}.")
+        unigram, trigram = (figures["ngram"][name] for name in ("unigram", "trigram"))
+        rows.append(f"\nOn the same text a unigram model has {unigram:.1f}, a trigram model {trigram:.2f}.")
     return "\n".join(rows)
 
 

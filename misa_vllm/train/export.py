@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="folder of misa_vllm.train.corpus")
     parser.add_argument("--packed", type=Path, help="write the int8 form here")
-    parser.add_argument("--figures", type=Path, help="with --packed: of misa_vllm.train.evaluate, for the card beside it")
+    parser.add_argument("--figures", type=Path, help="of misa_vllm.train.evaluate, for the card")
     parser.add_argument("--model", type=Path, help="write a Hugging Face folder here")
     parser.add_argument("--compare", action="store_true", help="print perplexities of float32 and int8")
     parser.add_argument("--length", type=int, default=2048, help="tokens per window of --compare")

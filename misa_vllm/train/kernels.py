@@ -70,7 +70,7 @@ def differentiable_scores(q: torch.Tensor, k: torch.Tensor, gates: torch.Tensor)
 
 
 def attention_logits(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """q @ k^T scaled, [heads, M, N] float32 of q [heads, M, D] and k [heads, N, D], as the attention kernels have it."""
+    """q @ k^T scaled, [heads, M, N] float32 of q [heads, M, D] and k [heads, N, D], not rounded in between."""
     with torch.autocast(q.device.type, enabled=False):
         return torch.bmm(q.float(), k.float().mT) * q.shape[-1] ** -0.5
 

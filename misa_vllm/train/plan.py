@@ -95,33 +95,37 @@ def full_plan() -> Plan:
     """The project's model, for one H100 or H200.
 
     Shares are of a little over a quarter of an hour. Estimated per step, from operations and bytes: 35 ms at 256
-    tokens, 45 ms at 4096, 0.11 s at 16384, 0.22 s at 32768, 1.7 s at 131072 dense (with cuDNN's attention two thirds
-    of the last two); 0.1 and 0.2 s in the warm-up; 0.4 s sparse at 8192, 1.2 s at 32768, 1.6 s at 131072, of which the
-    last two train the ends of their sequences only. Beyond 8192 tokens the indexer learns from the attention over all
-    tokens also in the sparse stages: from the selected ones alone it could not learn of one it misses.
+    tokens, 45 ms at 4096, 0.11 s at 16384, 0.22 s at 32768, 0.45 s at 65536 and 1.7 s at 131072 dense (with cuDNN's
+    attention two thirds of the last three); 0.1 and 0.2 s in the warm-up; 0.4 s sparse at 8192, 1.2 s at 32768, 1.8 s
+    at 131072, of which the last two train the ends of their sequences only. Beyond 8192 tokens the indexer learns from
+    the attention over all tokens also in the sparse stages: from the selected ones alone it could not learn of one it
+    misses.
 
-    `dense-16k` ends at about half of the time: a good place to stop and resume, for the steps behind it are short
-    enough that the optimizer's memory, which does not travel, is soon made up for.
+    Retrieval reaches about twice the length that was trained, so no stage is more than four times as long as the one
+    before it. `dense-16k` ends at about half of the time: a good place to stop and resume, for the steps behind it are
+    short enough that the optimizer's memory, which does not travel, is soon made up for.
     """
+    longest = replace(LONG, most_pairs=1024, few=0.1)
     return Plan(
         ModelSize(),
         (
             Stage("drill-256", 0.02, 256, 65536, least=300, mix=replace(SHORT, drill=0.6)),
             Stage("dense-256", 0.06, 256, 65536, least=600, mix=replace(SHORT, drill=0.05)),
-            Stage("dense-1k", 0.15, 1024, 65536, skips=0.2, least=1500, mix=MEDIUM),
+            Stage("dense-1k", 0.14, 1024, 65536, skips=0.2, least=1500, mix=MEDIUM),
             Stage("dense-4k", 0.15, 4096, 65536, skips=0.2, least=1200, mix=MEDIUM),
             Stage("dense-16k", 0.10, 16384, 65536, skips=0.2, least=350, mix=LONG),
-            Stage("dense-32k", 0.09, 32768, 65536, skips=0.2, least=200, mix=LONG),
-            Stage("dense-128k", 0.08, 131072, 131072, least=30, mix=replace(LONG, most_pairs=1024)),
+            Stage("dense-32k", 0.07, 32768, 65536, skips=0.2, least=150, mix=LONG),
+            Stage("dense-64k", 0.05, 65536, 65536, skips=0.2, least=50, mix=longest),
+            Stage("dense-128k", 0.07, 131072, 131072, least=25, mix=longest),
             Stage("warmup-8k", 0.03, 8192, 65536, train_model=False, kl_rows=256, skips=0.2, least=120, mix=LONG),
             Stage("warmup-32k", 0.05, 32768, 65536, train_model=False, kl_rows=512, skips=0.2, least=120, mix=LONG),
-            Stage("sparse-8k", 0.10, 8192, 65536, SPARSE, kl_rows=128, skips=0.2, rate=0.7, least=120, mix=LONG),
+            Stage("sparse-8k", 0.09, 8192, 65536, SPARSE, kl_rows=128, skips=0.2, rate=0.7, least=120, mix=LONG),
             Stage(
-                "sparse-32k", 0.09, 32768, 131072, SPARSE, kl_rows=128, full_kl=True, context=24576, skips=0.2,
+                "sparse-32k", 0.09, 32768, 131072, SPARSE, kl_rows=256, full_kl=True, context=24576, skips=0.2,
                 rate=0.7, least=40, mix=ENDS,
             ),
             Stage(
-                "sparse-128k", 0.08, 131072, 131072, SPARSE, kl_rows=256, full_kl=True, context=122880, rate=0.7,
+                "sparse-128k", 0.08, 131072, 131072, SPARSE, kl_rows=512, full_kl=True, context=122880, rate=0.7,
                 least=25, mix=ENDS,
             ),
         ),

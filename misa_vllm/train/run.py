@@ -279,6 +279,10 @@ class _Loop:
         plan, options, log = self.plan, self.options, self.log
         span = max(1e-9, options.until - self.page["progress"])
         whole, passed, found = sum(stage.share for stage in plan.stages), 0.0, []
+        if pool:  # its processes take seconds to start
+            ready = batches.stream("start", plan.stages[0], 0, plan.size.max_position - 1, pool)
+            for _ in range(batches.PREFETCH):
+                next(ready)
         for stage in plan.stages:
             begins, passed = passed, passed + stage.share / whole
             part = max(0.0, min(passed, options.until) - max(begins, self.page["progress"])) / span
@@ -311,7 +315,8 @@ class _Loop:
             log(f"{figures['stage']:12} {figures['seconds']:6.0f} s {steps:6} steps, needs {figures['least']:5} "
                 f"{'' if enough else 'TOO FEW'}")  # fmt: skip
         self.page["fits"] = fits
-        log(f"the plan {'fits' if fits else 'DOES NOT FIT'}: its least number of steps takes {needed:.0f} of {seconds:.0f} s")
+        verdict = "fits" if fits else "DOES NOT FIT"
+        log(f"the plan {verdict}: its least number of steps takes {needed:.0f} of {seconds:.0f} s")
         record = {"fits": fits, "seconds": seconds, "needed_s": needed, "save_s": saved, "stages": found}
         (options.out / PREFLIGHT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -346,7 +351,7 @@ class _Loop:
             evaluation_s += (time.monotonic() - began) * len(prompts[1]) * prompts[0]
         tokens_per_s = stage.sequences * stage.length / step_s
         self.log(
-            f"{stage.name:12} {step_s * 1e3:8.1f} ms a step (first {first_s:.1f} s), {tokens_per_s / 1e3:8.1f}k tokens/s, "
+            f"{stage.name:12} {step_s * 1e3:8.1f} ms a step (first {first_s:.1f} s), {tokens_per_s / 1e3:7.1f}k/s, "
             f"batch {batch_s * 1e3:6.1f} ms, {memory:6.1f} GB, evaluation {evaluation_s:5.1f} s, "
             f"loss {figures.get('text', 0):.2f} kl {figures['kl']:.2f}"
         )
