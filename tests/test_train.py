@@ -176,6 +176,18 @@ def test_a_lone_needle_stands_at_every_depth(text):
     assert ended
 
 
+def test_chats_end_with_the_answer(text):
+    for number in range(20):
+        mix = Mix(inserted=0.6, plain=0, chat=1.0, few=0.5, kinds=(0, 1, 0, 0, 0, 0, 0))
+        sample = tasks.make_sample(text, mix, 512, f"chat/{number}")
+        corpus, tokens = text, sample.tokens.tolist()
+        assert tokens[:2] == [corpus.begin, corpus.user] and tokens[-1] == corpus.end
+        assert tokens.count(corpus.assistant) == 1
+        turn = corpus.encoder.decode(tokens[tokens.index(corpus.assistant) + 1 :])
+        assert turn.startswith("The access code of the ") and turn.endswith(".")
+        assert turn.removesuffix(".") in corpus.encoder.decode(tokens[: tokens.index(corpus.assistant)])
+
+
 def _ends_with_its_needle(text, mix, seed):
     string = text.encoder.decode(tasks.make_sample(text, mix, 2048, seed).tokens)
     fact, question = string.find("The access code"), string.find("Question:")
@@ -550,7 +562,6 @@ def test_a_checkpoint_is_the_model_up_to_float16(tmp_path):
 
 
 def test_figures_fill_the_card(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "PERPLEXITY_TOKENS", 128)
     monkeypatch.setattr(evaluate, "PERPLEXITY_LENGTHS", (128,))
     monkeypatch.setattr(evaluate, "ROUND_TOKENS", 128)
     page = {"tokens": 3_000_000, "steps": 7, "stage_steps": {"dense": 7}, "progress": 1.0}
@@ -558,7 +569,8 @@ def test_figures_fill_the_card(data, tmp_path, monkeypatch):
     ngram_file, figures = tmp_path / "ngram.json", tmp_path / "figures.json"
     ngram_file.write_text('{"unigram": 622.5, "trigram": 37.25}')
     arguments = [str(tmp_path / "c"), "--data", str(data), "--out", str(figures), "--lengths", "128"]
-    assert evaluate.main([*arguments, "--seconds", "0", "--ngram", str(ngram_file), "--device", "cpu"]) == 0
+    arguments += ["--seconds", "0", "--tokens", "128", "--ngram", str(ngram_file), "--device", "cpu"]
+    assert evaluate.main(arguments) == 0
     needles = json.loads(figures.read_text())["needles"]
     assert all(asked >= 1 for mode in (DENSE, SPARSE) for _, asked in needles[mode]["128"].values())
     split = {"documents": 1, "bytes": 2, "tokens": 3_000_000}

@@ -1,5 +1,8 @@
 """The card of the trained model: what it is, how it was made and what it can do, filled from the measured figures."""
 
+import textwrap
+from urllib.parse import unquote
+
 from misa_vllm.train.size import DENSE, SPARSE
 
 
@@ -9,8 +12,19 @@ def write_card(size: dict, parameters: int, packed_bytes: int, figures: dict, co
     size: `ModelSize.as_dict()`; figures: what `misa_vllm.train.evaluate` wrote; corpus: corpus.json.
     """
     training = figures["training"]
-    sources = ", ".join(sorted(f"{source['source']} {source['version']}" for source in corpus["sources"]))
+    sources = ", ".join(sorted(f"{entry['source']} {unquote(entry['version'])}" for entry in corpus["sources"]))
     stages = ", ".join(f"{name} {steps}" for name, steps in training["stage_steps"].items())
+    recipe = _filled(
+        "`python -m misa_vllm.train`: dense attention first, then the indexer alone by KL divergence from the attention "
+        "distribution, then everything with sparse attention (the recipe of DeepSeek-V3.2). "
+        f"{training['steps']} steps, {training['tokens'] / 1e6:.0f} M tokens of text with facts and questions written "
+        f"into it. Steps of the stages: {stages}."
+    )
+    text = _filled(
+        "Text: documentation from Debian's main archive and Python's library, "
+        f"{corpus['train']['tokens'] / 1e6:.1f} M tokens; {corpus['heldout']['tokens'] / 1e6:.2f} M tokens of other "
+        f"documents were held out. Packages: {sources}."
+    )
     return f"""# A small DSA model
 
 `DeepseekV32ForCausalLM` with {parameters / 1e6:.1f} M parameters: {size["layers"]} layers, hidden size \
@@ -26,20 +40,15 @@ of the evaluation (`misa_vllm/eval/needles.py`), in plain text or in the chat te
 
 ## Training
 
-`python -m misa_vllm.train`: dense attention first, then the indexer alone by KL divergence from the attention
-distribution, then everything with sparse attention (the recipe of DeepSeek-V3.2). {training["steps"]} steps, \
-{training["tokens"] / 1e6:.0f} M tokens
-of text with facts and questions written into it. Steps of the stages: {stages}.
+{recipe}
 
-Text: documentation from Debian's main archive and Python's library, {corpus["train"]["tokens"] / 1e6:.1f} M tokens; \
-{corpus["heldout"]["tokens"] / 1e6:.2f} M tokens of
-other documents were held out. Packages: {sources}.
+{text}
 
 ## Figures
 
 Of the int8 form, in `misa_vllm.train`'s own PyTorch code with exact DSA selection, held-out text;
-{figures["machine"]}, torch {figures["torch"]}. Commands: `python -m misa_vllm.train.evaluate` and `python -m
-misa_vllm.train.ngram`.
+{figures["machine"]}, torch {figures["torch"]}. Commands: `python -m misa_vllm.train.evaluate` and
+`python -m misa_vllm.train.ngram`.
 
 {_perplexities(figures)}
 
@@ -47,6 +56,10 @@ One needle, right answers of those asked at 11 depths (greedy, all six digits):
 
 {_needles(figures["needles"])}
 """
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 118, break_on_hyphens=False, break_long_words=False)
 
 
 def _perplexities(figures: dict) -> str:

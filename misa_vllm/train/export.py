@@ -53,11 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("nothing to do: give --packed, --model or --compare")
         model, page = checkpoint.load(options.checkpoint)
         tokenizer = options.data / "tokenizer.json"
+        if options.figures:
+            figures = json.loads(options.figures.read_text(encoding="utf-8"))
+            sources = json.loads((options.data / "corpus.json").read_text(encoding="utf-8"))
         if options.packed:
             written = trained.write_packed(options.packed, model.state_dict(), model.size.as_dict(), tokenizer)
             if options.figures:
-                figures = json.loads(options.figures.read_text(encoding="utf-8"))
-                sources = json.loads((options.data / "corpus.json").read_text(encoding="utf-8"))
                 parameters = sum(p.numel() for p in model.parameters())
                 text = write_card(model.size.as_dict(), parameters, written, figures, sources)
                 (options.packed / CARD).write_text(text, encoding="utf-8")

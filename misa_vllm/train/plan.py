@@ -132,6 +132,14 @@ def full_plan() -> Plan:
     )  # fmt: skip
 
 
+def plan_32k() -> Plan:
+    """The full plan without what is longer than 32768 tokens: for less time, or a GPU with less memory."""
+    plan = full_plan()
+    stages = [stage for stage in plan.stages if stage.length <= 32768]
+    whole = sum(stage.share for stage in stages)
+    return replace(plan, stages=tuple(replace(stage, share=stage.share / whole) for stage in stages))
+
+
 def cpu_plan() -> Plan:
     """A toy model whose stages show on one CPU core what the full one's do; for a tokenizer of about 1024 tokens."""
     size = ModelSize(
@@ -153,7 +161,7 @@ def cpu_plan() -> Plan:
     )
 
 
-PLANS = {"full": full_plan, "cpu": cpu_plan}
+PLANS = {"full": full_plan, "32k": plan_32k, "cpu": cpu_plan}
 
 
 def with_vocabulary(plan: Plan, vocabulary: int) -> Plan:

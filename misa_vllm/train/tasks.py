@@ -251,7 +251,9 @@ class Writer:
         corpus = self.corpus
         asked = f"\n\nWhat is the access code of the {needle.name}?"
         piece = Piece.empty().add([*self.encode(asked), corpus.assistant], PROMPT_WEIGHT)
-        piece.add(self.encode(f"The access code of the {needle.name} is"), WEIGHT_UNIT)
+        piece.add(self.encode("The access code of the"), WEIGHT_UNIT)
+        # the name is copied from the question, and whoever gets it wrong looks for another code
+        piece.add(self.encode(f" {needle.name}"), self.answer_weight, REPEAT).add(self.encode(" is"), WEIGHT_UNIT)
         piece.add(self.encode(f" {needle.code}"), self.answer_weight, NEEDLE)
         return piece.add([*self.encode("."), corpus.end], WEIGHT_UNIT)
 
@@ -332,9 +334,10 @@ def make_sample(corpus: Corpus, mix: Mix, length: int, seed: str, context: int =
         first = places[-1] if facts else first
         for place, fact in zip(places, facts, strict=False):
             placed.append((_end_at(ends, place, reach), order, fact))
-        if tail is None and rng.random() < 0.7:
+        # a chat ends with the assistant's answer
+        if tail is None and (kind == NEEDLE if chat else rng.random() < 0.7):
             tail = question
-            if chat and kind == NEEDLE:
+            if chat:
                 tail, spent = writer.chat_end(needles[-1]), spent + 12
         else:
             later = rng.random() if rng.random() < 0.7 else rng.random() ** 3
