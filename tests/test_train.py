@@ -489,6 +489,16 @@ def test_training_learns_and_writes_curves(data, tmp_path, monkeypatch):
     assert len(files) <= 3 and all(file.stat().st_size <= checkpoint.LARGEST_FILE for file in files)
 
 
+def test_a_failed_evaluation_ends_no_training(data, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory left\nand more")
+
+    monkeypatch.setattr(run_module, "needle_accuracy", fail)
+    page, lines = run(data, tmp_path)
+    assert page["progress"] == pytest.approx(1.0)
+    assert "EVALUATION FAILED, OutOfMemoryError: no memory left" in lines
+
+
 @pytest.mark.parametrize("least", [1, 10**7])
 def test_a_smoke_run_tells_whether_the_plan_fits(data, tmp_path, least):
     plan = replace(SHORT_PLAN, stages=tuple(replace(stage, least=least) for stage in SHORT_PLAN.stages))

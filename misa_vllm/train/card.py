@@ -15,8 +15,8 @@ def write_card(size: dict, parameters: int, packed_bytes: int, figures: dict, co
     sources = ", ".join(sorted(f"{entry['source']} {unquote(entry['version'])}" for entry in corpus["sources"]))
     stages = ", ".join(f"{name} {steps}" for name, steps in training["stage_steps"].items())
     recipe = _filled(
-        "`python -m misa_vllm.train`: dense attention first, then the indexer alone by KL divergence from the attention "
-        "distribution, then everything with sparse attention (the recipe of DeepSeek-V3.2). "
+        "`python -m misa_vllm.train`: dense attention first, then the indexer alone by KL divergence from the "
+        "attention distribution, then everything with sparse attention (the recipe of DeepSeek-V3.2). "
         f"{training['steps']} steps, {training['tokens'] / 1e6:.0f} M tokens of text with facts and questions written "
         f"into it. Steps of the stages: {stages}."
     )

@@ -99,7 +99,7 @@ def full_plan() -> Plan:
     attention two thirds of the last three); 0.1 and 0.2 s in the warm-up; 0.4 s sparse at 8192, 1.2 s at 32768, 1.8 s
     at 131072, of which the last two train the ends of their sequences only. Beyond 8192 tokens the indexer learns from
     the attention over all tokens also in the sparse stages: from the selected ones alone it could not learn of one it
-    misses.
+    misses. `sparse-128k` has a larger factor, or the falling learning rate would leave it none to learn with.
 
     Retrieval reaches about twice the length that was trained, so no stage is more than four times as long as the one
     before it. `dense-16k` ends at about half of the time: a good place to stop and resume, for the steps behind it are
@@ -122,10 +122,10 @@ def full_plan() -> Plan:
             Stage("sparse-8k", 0.09, 8192, 65536, SPARSE, kl_rows=128, skips=0.2, rate=0.7, least=120, mix=LONG),
             Stage(
                 "sparse-32k", 0.09, 32768, 131072, SPARSE, kl_rows=256, full_kl=True, context=24576, skips=0.2,
-                rate=0.7, least=40, mix=ENDS,
+                least=40, mix=ENDS,
             ),
             Stage(
-                "sparse-128k", 0.08, 131072, 131072, SPARSE, kl_rows=512, full_kl=True, context=122880, rate=0.7,
+                "sparse-128k", 0.08, 131072, 131072, SPARSE, kl_rows=512, full_kl=True, context=122880, rate=1.5,
                 least=25, mix=ENDS,
             ),
         ),

@@ -410,7 +410,15 @@ class _Loop:
             raise ValueError("the loss is not finite from the start: lower the learning rates of the plan")
 
     def evaluate(self, stage: Stage, last: bool = False) -> None:
-        """Needles by length and held-out perplexity, with dense attention and, once it is trained, the indexer."""
+        """Needles by length and held-out perplexity; what goes wrong in it ends no training."""
+        try:
+            self._evaluate(stage, last)
+        except RuntimeError as error:  # its prompts have lengths that no step has had
+            said = (str(error).splitlines() or [""])[0]
+            self.log(f"EVALUATION FAILED, {type(error).__name__}: {said}")
+
+    def _evaluate(self, stage: Stage, last: bool) -> None:
+        """With dense attention and, once it is trained, with the indexer's selection."""
         options, model = self.options, self.trainer.model
         began = time.monotonic()
         lengths = options.eval_lengths or (stage.length,)
