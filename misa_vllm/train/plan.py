@@ -113,13 +113,13 @@ def full_plan() -> Plan:
         (
             Stage("drill-256", 0.02, 256, 65536, least=300, mix=replace(SHORT, drill=1.0)),
             Stage("dense-256", 0.06, 256, 65536, least=600, mix=replace(SHORT, drill=0.05)),
-            Stage("dense-1k", 0.14, 1024, 65536, skips=0.2, least=1500, mix=MEDIUM),
+            Stage("dense-1k", 0.13, 1024, 65536, skips=0.2, least=1500, mix=MEDIUM),
             Stage("dense-4k", 0.15, 4096, 65536, skips=0.2, least=1200, mix=MEDIUM),
             Stage("dense-16k", 0.10, 16384, 65536, skips=0.2, least=350, mix=LONG),
             Stage("dense-32k", 0.07, 32768, 65536, skips=0.2, least=150, mix=LONG),
             Stage("dense-64k", 0.05, 65536, 65536, skips=0.2, least=50, mix=longest),
             Stage("dense-128k", 0.07, 131072, 131072, least=25, mix=longest),
-            Stage("warmup-8k", 0.03, 8192, 65536, train_model=False, kl_rows=256, skips=0.2, least=120, mix=LONG),
+            Stage("warmup-8k", 0.04, 8192, 65536, train_model=False, kl_rows=256, skips=0.2, least=120, mix=LONG),
             Stage("warmup-32k", 0.05, 32768, 65536, train_model=False, kl_rows=512, skips=0.2, least=120, mix=LONG),
             Stage("sparse-8k", 0.09, 8192, 65536, SPARSE, kl_rows=128, skips=0.2, rate=0.7, least=120, mix=LONG),
             Stage(
