@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 DEVICE ?= auto
-MODEL  ?= .models/tiny
+# the project's trained model where the package has its weights, else one with random weights
+MODEL  ?= $(if $(wildcard misa_vllm/data/trained/weights.safetensors),.models/trained,.models/tiny)
 PORT   ?= 8000
 OPTIONS ?= {}
 ARGS   ?=
@@ -13,13 +14,18 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 export VLLM_NO_USAGE_STATS ?= 1
 
 BIN := $(abspath $(VENV))/bin
-# The small model has a tokenizer and chat template of its own, and more positions than a laptop has memory for.
-# Without a GPU it computes in float32: most CPUs emulate bfloat16 products, at several times the cost.
-ifeq ($(MODEL),.models/tiny)
+# Our models have a tokenizer and chat template of their own, and more positions than a laptop has memory for.
+# Without a GPU they compute in float32: most CPUs emulate bfloat16 products, at several times the cost.
+ifneq ($(filter .models/tiny .models/trained,$(MODEL)),)
 MODEL_ARGS := --tokenizer-mode hf --max-model-len 32768
 ifeq ($(wildcard /dev/nvidia0),)
 MODEL_ARGS += --dtype float32
 endif
+endif
+
+# the trained model can find what the document says, so the demo checks its answer
+ifeq ($(MODEL),.models/trained)
+DEMO_ARGS := --needle
 endif
 
 .DEFAULT_GOAL := help
@@ -39,7 +45,7 @@ help:
 install:
 	@$(PYTHON) misa_vllm/install.py $(VENV) --device $(DEVICE)
 
-ifeq ($(MODEL),.models/tiny)
+ifneq ($(filter .models/tiny .models/trained,$(MODEL)),)
 model: $(MODEL)/config.json
 endif
 model: install
@@ -47,12 +53,15 @@ model: install
 .models/tiny/config.json: misa_vllm/models/tiny.py misa_vllm/models/folder.py misa_vllm/data/us_constitution.txt | install
 	@$(BIN)/python -m misa_vllm.models.tiny .models/tiny
 
+.models/trained/config.json: misa_vllm/models/trained.py misa_vllm/models/folder.py $(wildcard misa_vllm/data/trained/*) | install
+	@$(BIN)/python -m misa_vllm.models.trained .models/trained
+
 serve: model
 	@PATH=$(BIN):$$PATH exec $(BIN)/vllm serve $(MODEL) --attention-backend misa --port $(PORT) $(MODEL_ARGS) \
 		--additional-config '{"misa": $(OPTIONS)}' $(ARGS)
 
 demo: model
-	@PATH=$(BIN):$$PATH exec $(BIN)/python -m misa_vllm.demo $(MODEL) --options '$(OPTIONS)' -- $(MODEL_ARGS) $(ARGS)
+	@PATH=$(BIN):$$PATH exec $(BIN)/python -m misa_vllm.demo $(MODEL) $(DEMO_ARGS) --options '$(OPTIONS)' -- $(MODEL_ARGS) $(ARGS)
 
 test: install
 	@PATH=$(BIN):$$PATH exec $(BIN)/python -m pytest $(TESTS) $(ARGS)

@@ -1,14 +1,16 @@
 """Serves a model with MISA, asks it about a long document and prints how fast and how faithful the selection was.
 
-    python -m misa_vllm.demo MODEL [--options '{"policy": "hierarchical"}'] [-- OPTIONS OF vllm serve]
+    python -m misa_vllm.demo MODEL [--needle] [--options '{"policy": "hierarchical"}'] [-- OPTIONS OF vllm serve]
 
-The recall is the share of exact DSA's tokens that MISA selected, taken by the engine itself on a sample of the
+With --needle it hides an access code somewhere in the document, asks for it and says whether the answer is right. The
+recall is the share of exact DSA's tokens that MISA selected, taken by the engine itself on a sample of the
 request's queries (option `audit_every`).
 """
 
 import argparse
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -185,6 +187,7 @@ class Answer:
     tokens: int
     first_token_s: float
     total_s: float
+    text: str = ""
 
     @property
     def tokens_per_s(self) -> float:
@@ -192,7 +195,7 @@ class Answer:
         return (self.tokens - 1) / max(self.total_s - self.first_token_s, 1e-9)
 
 
-def ask(url: str, prompt: str, max_tokens: int) -> Answer:
+def ask(url: str, prompt: str, max_tokens: int, temperature: float = 0.7) -> Answer:
     """Send `prompt` as a chat message, print the answer while it streams.
 
     Raises:
@@ -201,13 +204,13 @@ def ask(url: str, prompt: str, max_tokens: int) -> Answer:
     from openai import OpenAI, OpenAIError
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=START_TIMEOUT_S)
-    first, usage, start = None, None, time.monotonic()
+    first, usage, parts, start = None, None, [], time.monotonic()
     try:
         stream = client.chat.completions.create(
             model=SERVED_NAME,
             messages=[{"role": "user", "content": prompt}],
             max_tokens=max_tokens,
-            temperature=0.7,
+            temperature=temperature,
             stream=True,
             stream_options={"include_usage": True},
         )
@@ -215,12 +218,13 @@ def ask(url: str, prompt: str, max_tokens: int) -> Answer:
             usage = chunk.usage or usage
             if chunk.choices and chunk.choices[0].delta.content:
                 first = first or time.monotonic() - start
-                print(chunk.choices[0].delta.content, end="", flush=True)
+                parts.append(chunk.choices[0].delta.content)
+                print(parts[-1], end="", flush=True)
     except OpenAIError as error:
         raise DemoError(f"the request failed: {error}") from None
     total = time.monotonic() - start
     print(flush=True)
-    return Answer(usage.prompt_tokens, usage.completion_tokens, first or total, total)
+    return Answer(usage.prompt_tokens, usage.completion_tokens, first or total, total, "".join(parts))
 
 
 def report(answer: Answer, counted: Counters) -> str:
@@ -242,6 +246,15 @@ def report(answer: Answer, counted: Counters) -> str:
             f"recall against DSA   {recall}",
         ]
     )
+
+
+def hidden_in(document: str, sentence: str, depth: float) -> str:
+    """`document` with `sentence` between the two of its sentences nearest to `depth` (0 to 1)."""
+    from misa_vllm.eval.haystack import split_sentences
+
+    sentences = split_sentences(document)
+    place = round(depth * len(sentences))
+    return "".join([*sentences[:place], f" {sentence}", *sentences[place:]])
 
 
 def has_random_weights(folder: Path) -> bool:
@@ -268,6 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--options", type=_options, default={}, help="MISA's options, a JSON object")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="a text file")
     parser.add_argument("--question", default=QUESTION)
+    parser.add_argument("--needle", action="store_true", help="hide an access code in the document and ask for that")
     parser.add_argument("--max-tokens", type=int, default=64)
     options = parser.parse_args(arguments[:cut])
 
@@ -275,13 +289,22 @@ def main(arguments: list[str] | None = None) -> int:
     log = Path(tempfile.mkdtemp(prefix="misa-demo-")) / "server.log"
     port = free_port()
     try:
-        document = options.document.read_text(encoding="utf-8")
+        document, question = options.document.read_text(encoding="utf-8"), options.question
+        temperature, needle = 0.7, None
+        if options.needle:
+            from misa_vllm.eval.needles import draw_needle
+
+            needle, depth = draw_needle(random.Random()), random.uniform(0.1, 0.9)
+            document = hidden_in(document, needle.sentence, depth)
+            question, temperature = needle.chat_question, 0.0
         print(f"Serving {options.model} on port {port} (log: {log})", flush=True)
         command = server_command(options.model, port, options.options, arguments[cut + 1 :])
         with running_server(command, port, log) as url:
             before = read_counters(url)
-            print(f"\nAsking about {options.document.name}: {options.question}\n", flush=True)
-            answer = ask(url, f"{document}\n\n{options.question}", options.max_tokens)
+            if needle:
+                print(f"\nHidden {depth:.0%} into {options.document.name}: {needle.sentence}", flush=True)
+            print(f"\nAsking about {options.document.name}: {question}\n", flush=True)
+            answer = ask(url, f"{document}\n\n{question}", options.max_tokens, temperature)
             counted = read_counters(url).since(before)
     except (DemoError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
@@ -293,6 +316,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     if has_random_weights(Path(options.model)):
         print("\nRandom weights: the words mean nothing, and a trained indexer's recall (paper: over 92%) is higher.")
+    if needle:
+        right = needle.is_answered_by(answer.text)
+        print(f"\nThe answer is {'right' if right else f'WRONG: the code is {needle.code}'}.")
     print("\n" + report(answer, counted))
     return 0
 

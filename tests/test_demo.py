@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -134,3 +136,19 @@ def test_no_sample_is_no_recall():
 def test_a_server_without_misa_is_told():
     with pytest.raises(DemoError, match="--attention-backend misa"):
         demo.parse_counters("# TYPE x gauge\nx 1\n")
+
+
+def test_a_hidden_sentence_stands_between_two_others():
+    document = "One is first. Two follows!\n\nThree ends."
+    assert demo.hidden_in(document, "Here it is.", 0.0) == f" Here it is.{document}"
+    assert demo.hidden_in(document, "Here it is.", 0.4) == "One is first. Here it is. Two follows!\n\nThree ends."
+    assert demo.hidden_in(document, "Here it is.", 1.0) == f"{document} Here it is."
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("model", "needle"), [(".models/tiny", False), (".models/trained", True), ("else", False)])
+def test_make_asks_the_trained_model_for_a_needle(model, needle):
+    root = Path(demo.__file__).resolve().parent.parent
+    run = subprocess.run(["make", "-n", "demo", f"MODEL={model}"], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0 and ("--needle" in run.stdout) == needle
+    assert ("misa_vllm.models.trained" in run.stdout) == needle or Path(root / ".models/trained").exists()

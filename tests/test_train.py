@@ -15,7 +15,7 @@ import torch
 from misa_vllm import reference
 from misa_vllm.eval.needles import CODE_DIGITS, draw_needle
 from misa_vllm.models import tiny, trained
-from misa_vllm.train import batches, checkpoint, corpus, export, kernels, ngram, plot, tasks
+from misa_vllm.train import batches, checkpoint, corpus, evaluate, export, kernels, ngram, plot, tasks
 from misa_vllm.train import run as run_module
 from misa_vllm.train.__main__ import main as train_main
 from misa_vllm.train.bpe import Encoder
@@ -158,6 +158,40 @@ def test_questions_come_behind_the_context(text):
         sample = tasks.make_sample(text, Mix(plain=0, inserted=0.6), 2048, f"c/{number}", context=1536)
         asked = np.flatnonzero((sample.tasks != TEXT) & (sample.tasks != NOT_SCORED))
         assert len(sample.tokens) == 2049 and len(asked) and asked[0] > 1536
+
+
+def test_a_lone_needle_stands_at_every_depth(text):
+    """Also before all text and right before the question, where an evaluation's first and last depths put it."""
+    mix = Mix(plain=0, chat=0, few=1.0, kinds=(0, 1, 0, 0, 0, 0, 0))
+    depths = []
+    for number in range(150):
+        sample = tasks.make_sample(text, mix, 2048, f"lone/{number}")
+        answers = np.flatnonzero((sample.tasks == NEEDLE) & (np.roll(sample.tasks, 1) != NEEDLE))
+        assert 1 <= len(answers) <= tasks.FEW_PAIRS
+        hidden = np.flatnonzero((sample.weights == HIDDEN_WEIGHT) & (sample.tasks == NOT_SCORED))
+        depths.append(hidden[0] / len(sample.tokens))
+    assert np.mean(np.array(depths) < 0.02) > 0.03  # before all text: what chance would do once
+    assert np.histogram(depths, 5, (0, 1))[0].min() > 8
+    ended = [n for n in range(150) if _ends_with_its_needle(text, mix, f"lone/{n}")]
+    assert ended
+
+
+def test_chats_end_with_the_answer(text):
+    for number in range(20):
+        mix = Mix(inserted=0.6, plain=0, chat=1.0, few=0.5, kinds=(0, 1, 0, 0, 0, 0, 0))
+        sample = tasks.make_sample(text, mix, 512, f"chat/{number}")
+        corpus, tokens = text, sample.tokens.tolist()
+        assert tokens[:2] == [corpus.begin, corpus.user] and tokens[-1] == corpus.end
+        assert tokens.count(corpus.assistant) == 1
+        turn = corpus.encoder.decode(tokens[tokens.index(corpus.assistant) + 1 :])
+        assert turn.startswith("The access code of the ") and turn.endswith(".")
+        assert turn.removesuffix(".") in corpus.encoder.decode(tokens[: tokens.index(corpus.assistant)])
+
+
+def _ends_with_its_needle(text, mix, seed):
+    string = text.encoder.decode(tasks.make_sample(text, mix, 2048, seed).tokens)
+    fact, question = string.find("The access code"), string.find("Question:")
+    return 0 < fact < question and string[fact:question].count(".") == 1 and string.endswith((".", ".\n"))
 
 
 def test_passages_follow_their_sentence(text):
@@ -340,6 +374,33 @@ def test_triton_scores_are_the_plain_ones():
     assert run.returncode == 0, run.stderr.decode()[-500:]
 
 
+def test_scores_are_summed_in_float32_under_autocast_too():
+    generator = torch.Generator().manual_seed(3)
+    q, k, gates = (torch.randn(*shape, generator=generator) for shape in ((5, 64, 16), (40, 16), (5, 64)))
+    q, k = q.bfloat16(), k.bfloat16()
+    exact = kernels.differentiable_scores(q.float(), k.float(), gates)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = kernels.differentiable_scores(q, k, gates)
+        logits = kernels.attention_logits(q, k.expand(5, -1, -1))
+    assert cast.dtype == logits.dtype == torch.float32
+    # each product is rounded once, their sum is not
+    assert (cast - exact).abs().max() < 2**-9 * exact.abs().max()
+    assert torch.allclose(logits, torch.einsum("hmd,nd->hmn", q.float(), k.float()) / 4, atol=1e-5)
+
+
+def test_the_fastest_right_kernels_are_taken_and_all_are_told(monkeypatch):
+    for name in ("_scores_by", "_masked_by", "_dense_by"):
+        monkeypatch.setattr(kernels, name, getattr(kernels, name))
+    # a CPU has neither Triton's driver nor most of the attention kernels: what is left over is found
+    lines = kernels.choose(torch.device("cpu"), 4, 8, 32, 32, 64, force=True)
+    assert kernels._scores_by[0] == kernels.SUM and kernels._masked_by == kernels.PLAIN
+    assert sum("FAILED" in line for line in lines) >= 3 and sum("is used" in line for line in lines) == 3
+    lines.clear()
+    with pytest.raises(RuntimeError, match="no code for x works here"):
+        kernels._take("x", {"a": 1, "b": 2}, lambda candidate: None, lambda: math.nan, lambda: None, lines)
+    assert all("WRONG" in line for line in lines) and len(lines) == 2
+
+
 def test_muon_makes_updates_orthogonal():
     x = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(0))
     singular = torch.linalg.svdvals(orthogonal(x))
@@ -361,6 +422,8 @@ def test_plans_are_sound(name):
         assert stage.tokens % stage.length == 0 and stage.length <= plan.size.max_position
         assert stage.train_model or stage.kl_rows
         assert stage.kl_rows <= stage.length - stage.context and (stage.mode == SPARSE or not stage.context)
+    for number, stage in enumerate(plan.stages[:-1]):
+        assert plan.stage_at(plan.progress_behind(stage.name)) == number + 1
     assert [plan.stage_at(p) for p in (0.0, 0.999999, 1.0)] == [0, len(plan.stages) - 1, len(plan.stages) - 1]
     assert plan.rate_at(0) == 1.0 and math.isclose(plan.rate_at(1.0), plan.final_rate)
 
@@ -371,7 +434,8 @@ def test_full_model_fits_the_gpu_path_and_the_repository():
     assert size.topk in (512, 1024, 2048) and size.heads % 2 == 0 and size.index_heads in (32, 64)
     tensors = DsaModel(size).state_dict()
     assert sum(t.numel() * t.element_size() for t in trained.pack(tensors).values()) < 11e6
-    assert sum(t.numel() for t in tensors.values()) * 4 < 45e6
+    # a checkpoint and the text's bundle travel together
+    assert sum(t.numel() for t in tensors.values()) * 2 < 25e6
 
 
 SHORT_PLAN = Plan(
@@ -425,6 +489,38 @@ def test_training_learns_and_writes_curves(data, tmp_path, monkeypatch):
     assert len(files) <= 3 and all(file.stat().st_size <= checkpoint.LARGEST_FILE for file in files)
 
 
+def test_a_failed_evaluation_ends_no_training(data, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory left\nand more")
+
+    monkeypatch.setattr(run_module, "needle_accuracy", fail)
+    page, lines = run(data, tmp_path)
+    assert page["progress"] == pytest.approx(1.0)
+    assert "EVALUATION FAILED, OutOfMemoryError: no memory left" in lines
+
+
+@pytest.mark.parametrize("least", [1, 10**7])
+def test_a_smoke_run_tells_whether_the_plan_fits(data, tmp_path, least):
+    plan = replace(SHORT_PLAN, stages=tuple(replace(stage, least=least) for stage in SHORT_PLAN.stages))
+    lines = []
+    page = train(plan, Options(data=data, out=tmp_path, smoke=1, minutes=5, eval_needles=1), log=lines.append)
+    assert page["fits"] == (least == 1)
+    assert any(("DOES NOT FIT" if least > 1 else "the plan fits") in line for line in lines)
+    record = json.loads((tmp_path / run_module.PREFLIGHT).read_text())
+    assert [stage["stage"] for stage in record["stages"]] == ["dense", "warmup", "sparse"]
+    assert all(stage["step_s"] > 0 and stage["evaluation_s"] > 0 for stage in record["stages"])
+
+
+def test_training_needs_neither_vllm_nor_tokenizers():
+    """Machines with a GPU to train on may have no more than PyTorch."""
+    code = (
+        "import sys; sys.modules.update(vllm=None, tokenizers=None, transformers=None, matplotlib=None);"
+        "import misa_vllm.train.run, misa_vllm.train.evaluate, misa_vllm.train.export, misa_vllm.train.__main__"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()[-500:]
+
+
 def test_curves_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     steps = [
@@ -466,6 +562,47 @@ def test_packed_form_is_the_model_up_to_rounding(data, tmp_path):
     assert written["model.layers.0.self_attn.q_b_proj.weight"].dtype == torch.bfloat16
 
 
+def test_a_checkpoint_is_the_model_up_to_float16(tmp_path):
+    model = DsaModel(SIZE)
+    checkpoint.save(tmp_path, model, {"tokens": 5, "weights": ["of an older checkpoint"]})
+    loaded, page = checkpoint.load(tmp_path)
+    assert page["tokens"] == 5 and all((tmp_path / name).is_file() for name in page["weights"])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.half().float())
+
+
+def test_figures_fill_the_card(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "PERPLEXITY_LENGTHS", (128,))
+    monkeypatch.setattr(evaluate, "ROUND_TOKENS", 128)
+    page = {"tokens": 3_000_000, "steps": 7, "stage_steps": {"dense": 7}, "progress": 1.0}
+    checkpoint.save(tmp_path / "c", fresh(SHORT_PLAN), page)
+    ngram_file, figures = tmp_path / "ngram.json", tmp_path / "figures.json"
+    ngram_file.write_text('{"unigram": 622.5, "trigram": 37.25}')
+    arguments = [str(tmp_path / "c"), "--data", str(data), "--out", str(figures), "--lengths", "128"]
+    arguments += ["--seconds", "0", "--tokens", "128", "--ngram", str(ngram_file), "--device", "cpu"]
+    assert evaluate.main(arguments) == 0
+    needles = json.loads(figures.read_text())["needles"]
+    assert all(asked >= 1 for mode in (DENSE, SPARSE) for _, asked in needles[mode]["128"].values())
+    split = {"documents": 1, "bytes": 2, "tokens": 3_000_000}
+    sources = [{"source": "some-doc", "version": "1.2-3", "documents": 1, "bytes": 2}]
+    (data / "corpus.json").write_text(json.dumps({"sources": sources, "train": split, "heldout": split}))
+    arguments = [str(tmp_path / "c"), "--data", str(data), "--packed", str(tmp_path / "p"), "--figures", str(figures)]
+    assert export.main(arguments) == 0
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert "some-doc 1.2-3" in card and "622.5" in card and "| 128 | " in card and "3 M tokens" in card
+
+
+def test_filling_behind_an_answer_changes_nothing(text, monkeypatch):
+    torch.manual_seed(0)
+    model, asked = DsaModel(SIZE), []
+    whole = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: asked.append(whole(hidden)) or asked[-1])
+    for multiple in (1, 64):
+        monkeypatch.setattr(evaluate, "WHOLE", multiple)
+        evaluate.needle_accuracy(model, text, 150, SPARSE, 1, (0.5,))
+    assert torch.allclose(*asked, atol=1e-4) and asked[0].shape[1] == 1 + CODE_DIGITS
+
+
 def test_export_compares_int8_with_float32(data, tmp_path, capsys):
     checkpoint.save(tmp_path, fresh(SHORT_PLAN), {"tokens": 0})
     assert export.main([str(tmp_path), "--data", str(data), "--compare", "--length", "64", "--windows", "4"]) == 0
@@ -489,6 +626,9 @@ def test_trigram_probabilities_sum_to_one():
     [
         (train_main, ["--data", "{missing}", "--out", "{out}"], "tokenizer.json"),
         (train_main, ["--data", "{data}", "--out", "{out}", "--until", "2"], "--until"),
+        (train_main, ["--data", "{data}", "--out", "{out}", "--until", "dense-2k"], "no stage dense-2k"),
+        (evaluate.main, ["{missing}", "--data", "{data}", "--out", "{out}"], "checkpoint"),
+        (export.main, ["{missing}", "--data", "{data}", "--figures", "{missing}", "--compare"], "--packed"),
         (train_main, ["--data", "{data}", "--out", "{out}", "--minutes", "0.1"], "--minutes"),
         (train_main, ["--data", "{data}", "--out", "{out}", "--resume", "{missing}"], "checkpoint"),
         (trained.main, ["{out}", "--packed", "{missing}"], "--packed"),

@@ -100,6 +100,7 @@ def write_packed(folder: Path, tensors: dict[str, "torch.Tensor"], size: dict, t
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(pack(tensors), folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # it is to be shipped, and comes as readable by its owner alone
     if tokenizer.resolve() != (folder / TOKENIZER).resolve():
         shutil.copyfile(tokenizer, folder / TOKENIZER)
     (folder / SIZE).write_text(json.dumps(size, indent=2) + "\n", encoding="utf-8")

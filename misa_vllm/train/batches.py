@@ -57,7 +57,7 @@ def leaping(rng: np.random.Generator, length: int, last: int) -> np.ndarray:
 
 def make(stage: Stage, seed: str, last: int) -> Batch:
     """The batch of a step; `last` is the highest position of the model. Up to half of its rows foretell answers."""
-    count = max(1, stage.tokens // stage.length)
+    count = stage.sequences
     batch = make_batch(_corpus, stage.mix, stage.length, count, seed, stage.context)
     rng = np.random.default_rng(number_of(seed))
     skips = rng.random() < stage.skips and stage.length + 1 < last

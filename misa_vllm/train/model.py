@@ -441,13 +441,12 @@ def indexer_loss(
     `selected` [B, N, topk], over the selected ones (eq. 4). The attention's q and k [B, heads, N, D] carry no gradient,
     and only the indexer's parameters get one. Queries are counted from `before`, the position of the first of q's.
     """
-    scale = q.shape[-1] ** -0.5
     chunk, losses = max(1, KL_PAIRS // k.shape[2]), []
 
     def one_chunk(keys, hidden, latent, row_q, k, some, chosen):
         index_q, gates = indexer.queries(hidden, latent, [table[before + some] for table in rope])
         with torch.no_grad():
-            attention = torch.einsum("hrd,hnd->hrn", row_q, k).float() * scale
+            attention = kernels.attention_logits(row_q, k)
         if chosen is None:
             left_out = torch.arange(k.shape[1], device=k.device) > before + some.unsqueeze(-1)  # [R, N]
             score = kernels.differentiable_scores(index_q, keys, gates)
@@ -455,8 +454,7 @@ def indexer_loss(
             repeats = chosen == 0  # token 0 fills up short rows: it counts once
             left_out = repeats & (repeats.cumsum(-1) > 1)
             attention = attention.gather(-1, chosen.expand(attention.shape[0], -1, -1))
-            products = torch.einsum("rhd,rnd->rhn", index_q, keys[chosen]).relu().float()
-            score = torch.einsum("rh,rhn->rn", gates, products)
+            score = kernels.differentiable_scores(index_q, keys[chosen], gates)
         with torch.no_grad():
             target = attention.masked_fill_(left_out, -torch.inf).softmax(-1).mean(0)
         return divergence(target, score.masked_fill(left_out, -torch.inf), left_out)

@@ -27,7 +27,9 @@ WARM_STEPS = 100  # of a fresh run: the learning rate rises from zero
 REWARM_STEPS = 40  # of a resumed run, and of every stage that starts to train other parameters
 SAVE_SECONDS = 120  # between checkpoints, so that a run that breaks off loses little
 LONG_PROMPT = 40_000  # tokens from which an evaluation takes three depths, one needle each
+START_SECONDS = 20  # of a run before its first step: imports, processes, the choice of kernels
 CURVES = "curves.jsonl"
+PREFLIGHT = "preflight.json"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Options:
     seed: str = "misa"
     compile: bool = False
     smoke: int = 0
-    """Steps per stage of a smoke run: every stage at its full length, no schedule."""
+    """Steps per stage of a smoke run, which measures every stage at its full length instead of training."""
     log_seconds: float = 3.0
     eval_needles: int = 2
     """Needles per depth and length of the evaluation after a stage; the last one takes four times as many."""
@@ -77,7 +79,7 @@ class Trainer:
             self.optimizer = None
         elif self.optimizer is None:
             main = _Part(self.model, indexer=False)
-            self.optimizer = Optimizer(main, plan.muon_rate, plan.adam_rate)
+            self.optimizer = Optimizer(main, plan.muon_rate, plan.adam_rate, plan.decay)
         if stage.kl_rows and self.index_optimizer is None:
             part = _Part(self.model, indexer=True)
             self.index_optimizer = Optimizer(part, plan.index_rate * plan.muon_rate, plan.index_rate * plan.adam_rate)
@@ -124,6 +126,11 @@ class Trainer:
         return figures
 
 
+def _asked(length: int, seeds: int) -> tuple[int, tuple[float, ...]]:
+    """How many needles at which depths an evaluation asks for."""
+    return (1, DEPTHS[::5]) if length > LONG_PROMPT else (seeds, DEPTHS)
+
+
 class _Part(torch.nn.Module):
     """The indexers' parameters of a model, or all others, for an optimizer of their own."""
 
@@ -158,13 +165,14 @@ def train(plan: Plan, options: Options, log=print) -> dict:
     device = torch.device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     pool = None
+    held_out = Corpus.read(options.data, "heldout")
+    Corpus.read(options.data)  # what is wrong with it is said here: a pool would start failing processes for ever
     if options.workers:
         # before CUDA starts in this process; each worker reads the corpus once
         context = multiprocessing.get_context("spawn")
         pool = context.Pool(options.workers, batches.start_worker, (options.data,))
     if pool is None:
         batches.start_worker(options.data)
-    held_out = Corpus.read(options.data, "heldout")
     if options.resume:
         model, page = checkpoint.load(options.resume, device)
         if model.size != plan.size:
@@ -177,9 +185,10 @@ def train(plan: Plan, options: Options, log=print) -> dict:
             layer.mlp.compile()
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cuda.enable_cudnn_sdp(False)  # masks that change shape with every chunk would recompile it
     size = plan.size
-    for line in kernels.choose(device, size.heads, size.index_heads, size.head_dim, size.index_head_dim):
+    for line in kernels.choose(
+        device, size.heads, size.index_heads, size.head_dim, size.index_head_dim, size.topk
+    ):
         log(line)
     trainer = Trainer(plan, model, device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -263,23 +272,93 @@ class _Loop:
         self.save()
 
     def smoke(self, pool) -> None:
-        """A few steps of every stage at its full length, an evaluation and a checkpoint: what can fail, fails here."""
-        for stage in self.plan.stages:
-            self.trainer.prepare(stage)
-            source = batches.stream(self.options.seed, stage, 0, self.plan.size.max_position - 1, pool)
-            began = time.monotonic()
-            for number in range(self.options.smoke):
-                if number == 1:
-                    self.trainer.take_figures()
-                    began = time.monotonic()  # the first step warms up
-                self.trainer.step(stage, next(source), 0.1)
-            figures = self.trainer.take_figures()
-            rate = max(1, self.options.smoke - 1) * stage.tokens / (time.monotonic() - began)
-            self._report(stage, 0.1, figures, rate, rate / stage.tokens)
-            if self.trainer.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-        self.evaluate(self.plan.stages[-1])
+        """A few steps of every stage at its full length: what can fail, fails here, and the time of the plan is told.
+
+        `page["fits"]` says whether every stage would get the steps it needs between the run's progress and `until`.
+        """
+        plan, options, log = self.plan, self.options, self.log
+        span = max(1e-9, options.until - self.page["progress"])
+        whole, passed, found = sum(stage.share for stage in plan.stages), 0.0, []
+        if pool:  # its processes take seconds to start
+            ready = batches.stream("start", plan.stages[0], 0, plan.size.max_position - 1, pool)
+            for _ in range(batches.PREFETCH):
+                next(ready)
+        for stage in plan.stages:
+            begins, passed = passed, passed + stage.share / whole
+            part = max(0.0, min(passed, options.until) - max(begins, self.page["progress"])) / span
+            try:
+                found.append({"stage": stage.name, "part": part, "least": stage.least, **self._measure(stage, pool)})
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                torch.cuda.empty_cache()
+                said = (str(error).splitlines() or [""])[0]
+                found.append({"stage": stage.name, "part": part, "failed": f"{type(error).__name__}: {said}"})
+                log(f"{stage.name:12} FAILED {found[-1]['failed']}")
+        began = time.monotonic()
         self.save()
+        saved = time.monotonic() - began
+
+        evaluations = sum(figures.get("evaluation_s", 0.0) + saved for figures in found if figures["part"])
+        seconds = 60 * options.minutes - options.finish_seconds - START_SECONDS - evaluations
+        needed, fits = 0.0, seconds > 0
+        log(f"{options.minutes:g} minutes: {seconds:.0f} s of training from {self.page['progress']:.2f} to "
+            f"{options.until:.2f}, {evaluations:.0f} s of evaluations and checkpoints")  # fmt: skip
+        for figures in found:
+            if "failed" in figures:
+                fits = False
+                continue
+            step = max(figures["step_s"], figures["batch_s"])
+            steps = int(figures["part"] * seconds / step)
+            enough = not figures["part"] or steps >= figures["least"]
+            figures |= {"seconds": round(figures["part"] * seconds, 1), "steps": steps, "enough": enough}
+            needed += figures["least"] * step if figures["part"] else 0.0
+            fits = fits and enough
+            log(f"{figures['stage']:12} {figures['seconds']:6.0f} s {steps:6} steps, needs {figures['least']:5} "
+                f"{'' if enough else 'TOO FEW'}")  # fmt: skip
+        self.page["fits"] = fits
+        verdict = "fits" if fits else "DOES NOT FIT"
+        log(f"the plan {verdict}: its least number of steps takes {needed:.0f} of {seconds:.0f} s")
+        record = {"fits": fits, "seconds": seconds, "needed_s": needed, "save_s": saved, "stages": found}
+        (options.out / PREFLIGHT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    def _measure(self, stage: Stage, pool) -> dict:
+        """Time of a step, of making its batch and of evaluating the stage; memory at most in use."""
+        trainer, on_gpu = self.trainer, self.trainer.device.type == "cuda"
+        trainer.prepare(stage)
+        source = batches.stream(self.options.seed, stage, 0, self.plan.size.max_position - 1, pool)
+        began, many = time.monotonic(), batches.PREFETCH // 2 if pool else 1
+        made = [next(source) for _ in range(many)]
+        batch_s = (time.monotonic() - began) / many
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.monotonic()
+        trainer.step(stage, made[0], 0.1)
+        trainer.take_figures()  # waits for the device
+        first_s, began = time.monotonic() - began, time.monotonic()
+        for number in range(self.options.smoke):
+            trainer.step(stage, made[(number + 1) % many], 0.1)
+        figures = trainer.take_figures()
+        step_s = (time.monotonic() - began) / self.options.smoke
+        memory = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
+        if not all(math.isfinite(value) for value in figures.values()):
+            raise RuntimeError("the loss is not finite")
+        evaluation_s = 0.0
+        for mode in self._modes():
+            needle_accuracy(trainer.model, self.held_out, stage.length, mode, 1, (0.5,))  # warms up
+            began = time.monotonic()
+            needle_accuracy(trainer.model, self.held_out, stage.length, mode, 1, (0.5,))
+            prompts = _asked(stage.length, self.options.eval_needles)
+            evaluation_s += (time.monotonic() - began) * len(prompts[1]) * prompts[0]
+        tokens_per_s = stage.sequences * stage.length / step_s
+        self.log(
+            f"{stage.name:12} {step_s * 1e3:8.1f} ms a step (first {first_s:.1f} s), {tokens_per_s / 1e3:7.1f}k/s, "
+            f"batch {batch_s * 1e3:6.1f} ms, {memory:6.1f} GB, evaluation {evaluation_s:5.1f} s, "
+            f"loss {figures.get('text', 0):.2f} kl {figures['kl']:.2f}"
+        )
+        return {
+            "step_s": step_s, "first_s": first_s, "batch_s": batch_s, "tokens_per_s": round(tokens_per_s),
+            "memory_gb": round(memory, 2), "evaluation_s": evaluation_s,
+        }  # fmt: skip
 
     def _careful_step(self, stage: Stage, batch: Batch, scale: float) -> bool:
         """A step; where memory runs out, the stage goes on with half of what takes it. False: the stage changed."""
@@ -316,7 +395,7 @@ class _Loop:
             f"{tokens_per_s / 1e3:6.0f}k/s {memory:4.0f}G kl {figures['kl']:.3f} |g| {figures['norm']:.2f} {shown}"
         )
         finite = all(math.isfinite(value) for value in figures.values())
-        if finite and not self.options.smoke and time.monotonic() - self.saved > SAVE_SECONDS:
+        if finite and time.monotonic() - self.saved > SAVE_SECONDS:
             self.save()
         if finite:
             self.good = [p.detach().clone() for p in self.trainer.model.parameters()]
@@ -331,19 +410,25 @@ class _Loop:
             raise ValueError("the loss is not finite from the start: lower the learning rates of the plan")
 
     def evaluate(self, stage: Stage, last: bool = False) -> None:
-        """Needles by length and held-out perplexity, with dense attention and, once it is trained, the indexer."""
+        """Needles by length and held-out perplexity; what goes wrong in it ends no training."""
+        try:
+            self._evaluate(stage, last)
+        except RuntimeError as error:  # its prompts have lengths that no step has had
+            said = (str(error).splitlines() or [""])[0]
+            self.log(f"EVALUATION FAILED, {type(error).__name__}: {said}")
+
+    def _evaluate(self, stage: Stage, last: bool) -> None:
+        """With dense attention and, once it is trained, with the indexer's selection."""
         options, model = self.options, self.trainer.model
         began = time.monotonic()
-        modes = [DENSE] if not self.trainer.index_optimizer else [DENSE, SPARSE]
         lengths = options.eval_lengths or (stage.length,)
         seeds = options.eval_needles * (4 if last else 1)
         record: dict = {"evaluation": stage.name, "progress": round(self.page["progress"], 4)}
-        for mode in modes:
+        for mode in self._modes():
             for length in lengths:
                 if length > 4 * stage.length or length < 128:
                     continue
-                asked = (1, DEPTHS[::5]) if length > LONG_PROMPT else (seeds, DEPTHS)
-                depths = needle_accuracy(model, self.held_out, length, mode, *asked)
+                depths = needle_accuracy(model, self.held_out, length, mode, *_asked(length, seeds))
                 record[f"needle/{mode}/{length}"] = {str(depth): share for depth, share in depths.items()}
                 mean = sum(depths.values()) / len(depths)
                 shown = " ".join(f"{share:.2f}" for share in depths.values())
@@ -355,6 +440,9 @@ class _Loop:
             self.log(f"   held-out perplexity {mode:6} at {length}: {value:.3f}")
         record["seconds"] = round(time.monotonic() - began, 1)
         self._write(record)
+
+    def _modes(self) -> list[str]:
+        return [DENSE, SPARSE] if self.trainer.index_optimizer else [DENSE]
 
     def save(self) -> None:
         """Write the checkpoint."""

@@ -22,6 +22,10 @@ WEIGHT_UNIT = 16  # of the stored loss weights: 16 is the weight of a token of t
 PROMPT_WEIGHT = WEIGHT_UNIT // 4  # words of facts and questions, few and soon known
 HIDDEN_WEIGHT = 0  # digits and words of a fact that nothing could foretell
 
+FEW_PAIRS = 2
+PAIR_TOKENS = 80  # about what a fact and its question take
+AT_START, AT_END = 0.06, 0.03  # shares of facts before all text and behind all of it, depths 0 and 1 of an evaluation
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -35,6 +39,8 @@ class Mix:
     """Loss weight of an answer's token; a token of text has 1."""
     most_pairs: int = 48
     """Facts asked about in one sequence."""
+    few: float = 0.25
+    """Share of sequences with at most `FEW_PAIRS` facts in nothing but text, as an evaluation's prompt is."""
     kinds: tuple[float, ...] = (0.0, 0.42, 0.2, 0.1, 0.1, 0.08, 0.1)
     """How often each of `TASKS` is drawn."""
     chat: float = 0.2
@@ -245,7 +251,9 @@ class Writer:
         corpus = self.corpus
         asked = f"\n\nWhat is the access code of the {needle.name}?"
         piece = Piece.empty().add([*self.encode(asked), corpus.assistant], PROMPT_WEIGHT)
-        piece.add(self.encode(f"The access code of the {needle.name} is"), WEIGHT_UNIT)
+        piece.add(self.encode("The access code of the"), WEIGHT_UNIT)
+        # the name is copied from the question, and whoever gets it wrong looks for another code
+        piece.add(self.encode(f" {needle.name}"), self.answer_weight, REPEAT).add(self.encode(" is"), WEIGHT_UNIT)
         piece.add(self.encode(f" {needle.code}"), self.answer_weight, NEEDLE)
         return piece.add([*self.encode("."), corpus.end], WEIGHT_UNIT)
 
@@ -266,12 +274,14 @@ def make_sample(corpus: Corpus, mix: Mix, length: int, seed: str, context: int =
         return Sample(tokens, np.full(total, WEIGHT_UNIT, np.uint8), np.zeros(total, np.uint8))
 
     writer = Writer(corpus, mix)
-    budget = int((total - context) * mix.inserted)
+    most = rng.randint(1, FEW_PAIRS if rng.random() < mix.few else mix.most_pairs)
+    # no more than so many facts take, or they would all stand at the front, and the text that fills up behind them
+    budget = min(int((total - context) * mix.inserted), PAIR_TOKENS * most + 20)
     text = corpus.crop(rng, total)  # more than fits; cut once the pieces are known
     reach = total - budget - len(head)  # of the text: pieces are placed in this part
     earliest = context / reach  # of a question, as a share of it
     ends = corpus.sentence_ends(text[:reach])
-    ends = ends if len(ends) else np.arange(reach)
+    ends = np.concatenate([[0], ends]) if len(ends) else np.arange(reach)
     placed: list[tuple[int, int, Piece]] = []  # where in the text, order of drawing, what
     spans: list[tuple[int, int]] = []
     spent = 0
@@ -280,12 +290,11 @@ def make_sample(corpus: Corpus, mix: Mix, length: int, seed: str, context: int =
     # all alike in most sequences, so that only the name tells facts apart
     alike = rng.random() < 0.6
     phrase, attribute, name = rng.choice(PHRASES), rng.choice(ATTRIBUTES), None
-    most = rng.randint(1, mix.most_pairs)
     for order in range(4 * most):
         if len(needles) >= most or order >= most:
             break
         kind = rng.choices(range(len(TASKS)), mix.kinds)[0]
-        first = rng.random()
+        first = _place(rng)
         if kind == NEEDLE:
             needle = draw_needle(rng)
             if needles and rng.random() < 0.3:
@@ -321,19 +330,21 @@ def make_sample(corpus: Corpus, mix: Mix, length: int, seed: str, context: int =
             continue
         spent += cost
         # a chain of facts stands in order, so the first of them leaves room for the others
-        places = sorted([first, *(rng.random() for _ in facts[1:])])
+        places = sorted([first, *(_place(rng) for _ in facts[1:])])
         first = places[-1] if facts else first
         for place, fact in zip(places, facts, strict=False):
             placed.append((_end_at(ends, place, reach), order, fact))
-        if tail is None and rng.random() < 0.7:
+        # a chat ends with the assistant's answer
+        if tail is None and (kind == NEEDLE if chat else rng.random() < 0.7):
             tail = question
-            if chat and kind == NEEDLE:
+            if chat:
                 tail, spent = writer.chat_end(needles[-1]), spent + 12
         else:
             later = rng.random() if rng.random() < 0.7 else rng.random() ** 3
             from_here = max(first, earliest)
             placed.append((_end_at(ends, from_here + (1 - from_here) * later, reach), 1000 + order, question))
     placed = [(_outside(spans, place), order, piece) for place, order, piece in placed]
+    placed = [(place if place < reach else total, order, piece) for place, order, piece in placed]
     return _assembled(head, text, sorted(placed, key=lambda entry: entry[:2]), tail, total)
 
 
@@ -345,6 +356,12 @@ def _drill(corpus: Corpus, rng: random.Random, total: int) -> Sample:
     weights, tasks = np.full(total, WEIGHT_UNIT, np.uint8), np.full(total, REPEAT, np.uint8)
     weights[: period + 1], tasks[: period + 1] = HIDDEN_WEIGHT, NOT_SCORED
     return Sample(tokens, weights, tasks)
+
+
+def _place(rng: random.Random) -> float:
+    """Where in the text something stands, 0 to 1; the very ends more often than chance has it."""
+    edge = rng.random()
+    return 0.0 if edge < AT_START else 1.0 if edge < AT_START + AT_END else rng.random()
 
 
 def _end_at(ends: np.ndarray, place: float, reach: int) -> int:

@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-QUERIES, KEYS = 64, 128  # of a tile
+TILES = ((64, 128, 4), (64, 256, 8), (128, 128, 8))
+"""(queries, keys, warps) of a tile that are worth trying; which is fastest depends on the GPU and on Triton."""
 
 
 @triton.jit
@@ -31,14 +32,17 @@ def _scores_kernel(
     tl.store(out, tl.where(visible, total, float("-inf")), mask=written)
 
 
-def index_scores(q: torch.Tensor, k: torch.Tensor, gates: torch.Tensor, first: int) -> torch.Tensor:
+def index_scores(
+    q: torch.Tensor, k: torch.Tensor, gates: torch.Tensor, first: int, tile: tuple[int, int, int] = TILES[0]
+) -> torch.Tensor:
     """See `misa_vllm.train.kernels.index_scores`; H * D is what a query's heads take in a row of q."""
     queries, heads, dim = q.shape
     q, k, gates = q.contiguous(), k.contiguous(), gates.contiguous().float()
     out = torch.empty(queries, k.shape[0], device=q.device, dtype=torch.float32)
-    grid = (triton.cdiv(k.shape[0], KEYS), triton.cdiv(queries, QUERIES))
+    block_q, block_k, warps = tile
+    grid = (triton.cdiv(k.shape[0], block_k), triton.cdiv(queries, block_q))
     _scores_kernel[grid](
         q, k, gates, out, queries, k.shape[0], first, out.stride(0),
-        HEADS=heads, DIM=dim, BLOCK_Q=QUERIES, BLOCK_K=KEYS, num_warps=4,
+        HEADS=heads, DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps,
     )  # fmt: skip
     return out
