@@ -3,9 +3,13 @@
 // Adjacent rows of one request are scored together, as one item. Items are cut into chunks of pages, so that every CTA
 // gets one; only if there are more items than CTAs, CTAs work on several chunks in turn. Pages arrive by the copy
 // engine in a ring of stages that runs on over the ends of chunks, so that keys arrive while the CTA selects. The
-// warpgroups take pages in turn, and the scores stay in shared memory as order-preserving integers. When they fill it, only the k
-// best are kept and scoring goes on. CTAs that share a row select together (row_selection.cuh).
+// warpgroups take pages in turn, and the scores stay in shared memory as order-preserving integers. When they fill it,
+// only the best are kept and scoring goes on. CTAs that share a row select together (row_selection.cuh).
+//
+// Rows of a request that are routed first: the launch overlaps the router's (follows_route) up to the need of heads.
 #include <algorithm>
+#include <atomic>
+#include <random>
 
 #include "common/ptx.cuh"
 #include "common/select.cuh"
@@ -27,6 +31,7 @@ constexpr int kStageBytes = kKeyTileBytes + kScaleTileBytes + 8;  // keys, scale
 constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr int kStaticSharedBytes = 1024;  // what the kernel declares itself
 constexpr int kScratchWords = 2 * kListedKeys;
+constexpr int kMoreKept = 512;  // keys besides the k best that a single row keeps after a round: no exact cut is needed
 
 using Selection = RowSelection<kThreads>;
 
@@ -42,6 +47,8 @@ struct SelectArguments {
   int pool_words;     // for the keys of a chunk's rows
   int rows_per_item;  // at most
   bool row_is_slot;   // of the exchange
+  bool follows_route; // may start before the router has ended, and until then reads what was there before the router
+  bool drops_low;
   Exchange exchange;
 
   __device__ bool scores(int visible) const {
@@ -187,6 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
   auto* full = reinterpret_cast<uint64_t*>(&selection_shared + 1);
   auto* chunks = reinterpret_cast<Chunk*>(full + stages);
 
+  if (!args.follows_route) ptx::wait_for_previous_kernel();
   {
     int* visible = reinterpret_cast<int*>(pool);  // the pool is still unused
     int* request = visible + args.rows.count;
@@ -215,7 +223,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     __syncthreads();
   }
   const int page_count = plan.pages, chunk_count = plan.chunks;
-  if (chunk_count == 0) return;
+  if (chunk_count == 0) {
+    if (args.follows_route) ptx::wait_for_previous_kernel();  // who waits for this kernel waits for the router, too
+    return;
+  }
 
   // pages are numbered from this CTA's first; a warpgroup takes every kWarpgroups-th
   int chunk_of_id = 0;
@@ -242,30 +253,34 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
   int refill_id = refill < page_count ? id_of(refill) : 0;
 
   Selection selection(args.exchange, selection_shared, reinterpret_cast<uint64_t*>(scratch));
+  for (int number = 0; number < chunk_count; ++number) {
+    const Chunk& chunk = chunks[number];
+    if (chunk.ranks > 1 && chunk.rank == 0) selection.prepare(chunk.slot, chunk.rows);
+  }
+  if (args.follows_route) ptx::wait_for_previous_kernel();  // for the heads
   const int key_of_thread = thread / 32 * 16 + thread % 32 / 4;
   const int row_of_lane = Layout::row_of_lane();
   for (int number = 0; number < chunk_count; ++number) {
-    const Chunk chunk = chunks[number];
+    const Chunk& chunk = chunks[number];  // not a copy: registers are short
+    const int pages_before = chunk.first_page - chunk.begin;  // of the row, before the CTA's page 0
     const QueryHeads queries = args.queries.from_row(chunk.row);
     store_query<kHeads>(query, queries, chunk.rows);
-    float gate[Layout::kHeadsPerLane];
-    load_gates<kHeads>(gate, queries, chunk.rows);
     const bool has_result = Layout::has_result(chunk.rows);
     const int visible = has_result ? args.rows.visible[chunk.row + row_of_lane] : 0;
 
     // each row's part of the pool: the positions of the keys kept from earlier rounds, then keys
-    const int most_kept = (k + 3) / 4 * 4;
+    const bool counts = chunk.rows == 1;
+    const int best_kept = (k + 3) / 4 * 4, most_kept = best_kept + (counts ? kMoreKept : 0);
     const bool fits = chunk.pages * kPageTokens <= args.pool_words / chunk.rows / kPageTokens * kPageTokens;
-    const int next_words = fits || 2 * most_kept <= kScratchWords ? 0 : 2 * most_kept;
+    const int next_words = fits || 2 * best_kept <= kScratchWords ? 0 : 2 * best_kept;
     uint32_t* next_keys = next_words == 0 ? scratch : pool + args.pool_words - next_words;
-    uint32_t* next_positions = next_keys + most_kept;
+    uint32_t* next_positions = next_keys + best_kept;
     const int row_words = (args.pool_words - next_words) / chunk.rows / kPageTokens * kPageTokens;
     const int kept_words = fits ? 0 : most_kept;
     const int capacity = (row_words - kept_words) / kPageTokens * kPageTokens;
     const auto positions_of = [&](int row) { return pool + row * row_words; };
     const auto keys_of = [&](int row) { return pool + row * row_words + kept_words; };
     uint32_t* my_keys = keys_of(row_of_lane);
-    const bool counts = fits && chunk.rows == 1;
     if (counts) selection.clear();
     __syncthreads();
 
@@ -273,6 +288,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     int held = 0;  // keys of each row kept from earlier rounds
     for (int round_first = chunk.begin;;) {
       const int round_last = min(end, round_first + (capacity - held) / kPageTokens);
+      float gate[Layout::kHeadsPerLane];  // anew in every round, as a selection needs the registers
+      load_gates<kHeads>(gate, queries, chunk.rows);
       for (; page < round_last; page += kWarpgroups) {
         const auto* scales = reinterpret_cast<const float*>(scale_tiles + stage * kScaleTileBytes);
         float d[Layout::kColumns / 2];
@@ -299,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int offset = key_of_thread + 8 * half;
-            const int position = (page - chunk.begin + chunk.first_page) * kPageTokens + offset;
+            const int position = (page + pages_before) * kPageTokens + offset;
             const uint32_t key = position < visible ? order_key(sum[half] * scale[half]) : 0;
             my_keys[held + (page - round_first) * kPageTokens + offset] = key;
             if (counts) selection.count(key);
@@ -308,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       }
       const int filled = held + (round_last - round_first) * kPageTokens;
       const int padded = (filled + 3) / 4 * 4;
-      const int first_position = (round_first - chunk.begin + chunk.first_page) * kPageTokens;
+      const int first_position = (round_first + pages_before) * kPageTokens;
       if (threadIdx.x < chunk.rows) {
         RowPart& part = parts[threadIdx.x];
         uint32_t* keys = keys_of(threadIdx.x);
@@ -327,22 +344,41 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       }
       __syncthreads();
       if (round_last == end) break;
+      const int next_position = first_position + filled - held;  // what no key has, and none is behind it
+      if (counts && args.drops_low) {
+        const int kept = selection.drop_low(parts[0], k, most_kept, keys_of(0), positions_of(0));
+        if (kept <= most_kept) {
+          for (int i = kept + threadIdx.x; i < most_kept; i += kThreads) {
+            keys_of(0)[i] = 0;
+            positions_of(0)[i] = next_position;
+          }
+          held = most_kept;
+          round_first = round_last;
+          __syncthreads();
+          continue;
+        }
+      }
       for (int row = 0; row < chunk.rows; ++row) {
         RowPart& part = parts[row];
-        selection.count_all(part);
+        if (!counts) selection.count_all(part);
         const int selected = selection.select(part, k, [&](int place, int i) {
           next_keys[place] = part.keys[i];
           next_positions[place] = part.position(i);
         });
         __syncthreads();
-        for (int i = threadIdx.x; i < k; i += kThreads) {
+        for (int i = threadIdx.x; i < most_kept; i += kThreads) {
           const bool is_key = i < selected;
           keys_of(row)[i] = is_key ? next_keys[i] : 0;
-          positions_of(row)[i] = is_key ? next_positions[i] : first_position + filled - held;
+          positions_of(row)[i] = is_key ? next_positions[i] : next_position;
+        }
+        if (counts) {
+          selection.clear();
+          __syncthreads();
+          for (int i = threadIdx.x; i < selected; i += kThreads) selection.count(keys_of(row)[i]);
         }
         __syncthreads();
       }
-      held = k;
+      held = most_kept;
       round_first = round_last;
     }
 
@@ -375,6 +411,11 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
 }
 
 // ---------------------------------------------------------------- launch
+
+// What of the fourth version is in force, so that a wrong prediction can be told from the others.
+constexpr int kCooperative = 1, kOverlaps = 2, kDropsLow = 4;
+constexpr int kSameSignature = 8;  // for tests: of all launches, as in a graph that is replayed
+int variant = kCooperative | kOverlaps | kDropsLow;
 
 int64_t align(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -415,9 +456,10 @@ void launch(SelectArguments args, int requests, int max_visible, cudaStream_t st
   };
   // room for the kept keys of a chunk's rows, and for a fair number of new ones
   constexpr int kFewestNewKeys = 32 * kPageTokens;
-  const int most_kept = (args.k + 3) / 4 * 4;
-  const int next_words = 2 * most_kept <= kScratchWords ? 0 : 2 * most_kept;
+  const int best_kept = (args.k + 3) / 4 * 4;
+  const int next_words = 2 * best_kept <= kScratchWords ? 0 : 2 * best_kept;
   const auto can_hold = [&](int stages, int rows) {
+    const int most_kept = best_kept + (rows == 1 ? kMoreKept : 0);
     return (pool_with(stages) - next_words) / rows / kPageTokens * kPageTokens >= 2 * most_kept + kFewestNewKeys;
   };
   // as many stages as cover the latency of memory, unless with fewer the keys fit at once
@@ -444,20 +486,37 @@ void launch(SelectArguments args, int requests, int max_visible, cudaStream_t st
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;  // its CTAs wait for one another
-  attribute.val.cooperative = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  if (variant & kCooperative) {  // its CTAs wait for one another
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  if (variant & kOverlaps) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  config.attrs = attributes;
   check_cuda(cudaLaunchKernelEx(&config, kernel, key_page_map(args.cache), args), "select_tokens");
 }
+
+/// No two launches have the same one, and what lies in a workspace by chance is hardly ever one.
+uint64_t next_signature() {
+  static std::atomic<uint64_t> launches{
+      static_cast<uint64_t>(std::random_device{}()) << 32 | static_cast<uint64_t>(std::random_device{}())};
+  uint64_t value = launches += 0x9E3779B97F4A7C15ull;
+  value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9ull;
+  value = (value ^ value >> 27) * 0x94D049BB133111EBull;
+  return (value ^ value >> 31) | 1;
+}
+
+void decode_variant(int64_t bits) { variant = static_cast<int>(bits); }
 
 int64_t decode_workspace_bytes(int64_t row_count) { return Workspace(row_count, multiprocessors()).bytes; }
 
 void decode_select(
     Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor index_cache, Tensor block_table, Tensor request,
     Tensor visible, int64_t max_visible, int64_t k, Tensor out, int64_t visible_from, int64_t visible_to,
-    Tensor workspace) {
+    Tensor workspace, bool follows_route) {
   SelectArguments args = {};
   args.cache = index_cache_of(index_cache, false);
   args.rows = rows_of(block_table, request, visible);
@@ -495,8 +554,10 @@ void decode_select(
   args.visible_to = static_cast<int>(std::min<int64_t>(visible_to, INT32_MAX));
   args.out = static_cast<int32_t*>(out.data_ptr());
   args.out_stride = out.stride(0);
+  args.exchange.signature = variant & kSameSignature ? 1 : next_signature();
+  args.follows_route = follows_route && (variant & kOverlaps);
+  args.drops_low = variant & kDropsLow;
   const cudaStream_t stream = current_stream(q);
-  if (max_visible > k) check_cuda(cudaMemsetAsync(base, 0, layout.more_counts, stream), "select_tokens");
   const auto launch_heads = args.queries.count <= 8    ? launch<8>
                             : args.queries.count <= 16 ? launch<16>
                             : args.queries.count <= 32 ? launch<32>
@@ -512,11 +573,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(misa_vllm, m) {
   m.def(
       "decode_select(Tensor q, Tensor gates, Tensor? heads, Tensor index_cache, Tensor block_table, Tensor request, "
       "Tensor visible, int max_visible, int k, Tensor(a!) out, int visible_from, int visible_to, "
-      "Tensor(b!) workspace) -> ()");
+      "Tensor(b!) workspace, bool follows_route) -> ()");
+  m.def("decode_variant(int bits) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(misa_vllm, CompositeExplicitAutograd, m) {
   m.impl("decode_workspace_bytes", TORCH_BOX(&misa::decode_workspace_bytes));
+  m.impl("decode_variant", TORCH_BOX(&misa::decode_variant));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(misa_vllm, CUDA, m) {

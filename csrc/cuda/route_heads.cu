@@ -386,6 +386,8 @@ __global__ void __launch_bounds__(kThreads, 2) route_direct_kernel(const __grid_
   __shared__ float scores[kMaxHeads];
   constexpr int kHeads = 16 * kFragments;
 
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();  // all that ran before this kernel is complete: the next one may rely on it
   auto cluster = cg::this_cluster();
   const int ranks = static_cast<int>(cluster.num_blocks()), rank = static_cast<int>(cluster.block_rank());
   const int row = blockIdx.x / ranks;
@@ -439,6 +441,8 @@ __global__ void __launch_bounds__(kThreads, 2) route_direct_kernel(const __grid_
   const QueryBytes query_bytes = load_query(
       args.q + row * args.q_row_stride, args.q_head_stride, 16 * warp, scores_heads ? args.heads : 0);
   float* all_partials = ranks > 1 ? cluster.map_shared_rank(partial, 0) : partial;
+  // loaded here, for at the end nothing else would be under way
+  const float gate = threadIdx.x < args.heads ? args.gates[row * args.gates_stride + threadIdx.x] : 0.0f;
   const float divisor = static_cast<float>(pages_per_block);
   bool first_started = ranks == 1;
   int group = 0;
@@ -492,7 +496,7 @@ __global__ void __launch_bounds__(kThreads, 2) route_direct_kernel(const __grid_
     float total = 0.0f;
 #pragma unroll 8
     for (int segment = 0; segment < segments; ++segment) total += partial[segment * kHeads + threadIdx.x];
-    scores[threadIdx.x] = fabsf(args.gates[row * args.gates_stride + threadIdx.x]) * total;
+    scores[threadIdx.x] = fabsf(gate) * total;
   }
   __syncthreads();
   if (warp == 0) write_top_heads(scores, args.heads, args.active_heads, out);
@@ -506,16 +510,9 @@ void launch_pooled(const RouteArguments& args, int requests, cudaStream_t stream
   const int blocks_per_warp = std::max(1, kPagesInFlight / pages_per_block);
   const dim3 grid((args.max_blocks + kWarps * blocks_per_warp - 1) / (kWarps * blocks_per_warp), requests);
   if (grid.x > 0) launch_simple("route_heads, pooling", pool_kernel, grid, kThreads, stream, args, blocks_per_warp);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((args.rows.count + kWarps - 1) / kWarps);
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, route_pooled_kernel<kFragments>, args), "route_heads");
+  launch_overlapping(
+      "route_heads", route_pooled_kernel<kFragments>, dim3((args.rows.count + kWarps - 1) / kWarps), kThreads, stream,
+      args);
 }
 
 template <int kFragments>
@@ -544,12 +541,14 @@ void launch_direct(const RouteArguments& args, cudaStream_t stream) {
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = ranks;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = ranks;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = ranks > 1 ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, route_direct_kernel<kFragments>, args), "route_heads");
 }
 

@@ -9,6 +9,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "cluster_topk.cuh"
@@ -57,13 +58,16 @@ struct KeyRange {
   __device__ bool is_narrow() const { return !is_tied() || low == high; }
 };
 
-/// What the ranks of one row share. Zero before the launch.
+/// What the ranks of one row share. It may hold anything before the launch: rank 0 clears it and then writes the
+/// launch's signature, without which no rank touches it. The last rank to finish takes the signature away, as a graph
+/// replays its launches with the signatures that they were captured with.
 struct RowShared {
   uint32_t counts[kDigits];
   uint32_t arrived[kMaxLevels + 1];
-  uint32_t listed;
-  uint32_t unused[2];
+  uint32_t listed, finished, unused;
+  alignas(16) uint64_t signature;
 };
+static_assert(sizeof(RowShared) % 16 == 0 && offsetof(RowShared, signature) % 16 == 0);
 
 /// In global memory.
 struct Exchange {
@@ -71,6 +75,7 @@ struct Exchange {
   uint32_t (*more_counts)[2][kDigits];     // [slots]
   uint64_t (*lists)[kListedKeys];          // [slots], rank values (common/select.cuh)
   uint32_t (*counts)[kRowsPerItem][2];     // [chunks]: keys above the range, keys in it
+  uint64_t signature;                      // of this launch: no other has it
 };
 
 /// A CTA's keys of one row, ascending in position; key 0 means "none". Index i is at position positions[i] if
@@ -129,6 +134,54 @@ class RowSelection {
     }
   }
 
+  /// Drops, in place and in order, keys of a part that cannot be among its k best; its keys must have been counted, and
+  /// the counts are those of the kept keys afterwards. Returns how many those are, at least min(k, all): if that were
+  /// more than `room`, nothing is changed and the return value is larger than `room`. A block barrier must precede and
+  /// follow. `positions` is the part's array, with room for `room`.
+  __device__ int drop_low(const RowPart& part, uint32_t k, int room, uint32_t* keys, uint32_t* positions) {
+    digits_.walk(shared_.digits.counts, k);
+    uint32_t low = 1, kept = shared_.digits.total;
+    if (kept > k) {
+      const int digit = static_cast<int>(shared_.digits.digit);
+      kept = shared_.digits.above + shared_.digits.inside;
+      if (kept > static_cast<uint32_t>(room)) return static_cast<int>(kept);
+      low = KeyRange::of_first_digit(digit).low;
+      for (int i = threadIdx.x; i < digit; i += kThreads) shared_.digits.counts[i] = 0;
+    }
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint32_t placed = 0;
+    for (int base = 0; base < part.count; base += 4 * kThreads) {
+      const int i = base + 4 * static_cast<int>(threadIdx.x);
+      const uint4 four = i < part.count ? *reinterpret_cast<const uint4*>(part.keys + i) : uint4{0, 0, 0, 0};
+      const uint32_t key[4] = {four.x, four.y, four.z, four.w};
+      uint32_t position[4], mine = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        position[j] = key[j] >= low ? part.position(i + j) : 0;
+        mine += key[j] >= low;
+      }
+      uint32_t inclusive = mine;
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const uint32_t other = __shfl_up_sync(~0u, inclusive, offset);
+        if (lane >= offset) inclusive += other;
+      }
+      if (lane == 31) shared_.digits.warp_sums[0][warp] = inclusive;
+      __syncthreads();  // and all keys up to the end of this turn have been read
+      const uint32_t sum = lane < kWarps ? shared_.digits.warp_sums[0][lane] : 0;
+      uint32_t place = placed + __reduce_add_sync(~0u, lane < warp ? sum : 0) + inclusive - mine;
+      placed += __reduce_add_sync(~0u, sum);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (key[j] < low) continue;
+        keys[place] = key[j];
+        positions[place++] = position[j];
+      }
+      __syncthreads();
+    }
+    return static_cast<int>(kept);
+  }
+
   /// Calls take(place, index) for each of the min(k, all) selected keys of a part whose keys have been counted, places
   /// ascending with the index; returns how many they are. A block barrier must follow.
   template <typename Take>
@@ -155,6 +208,22 @@ class RowSelection {
     return static_cast<int>(min(total, k));
   }
 
+  /// Rank 0 makes `rows` slots from `slot` on ready for the exchange.
+  __device__ void prepare(int slot, int rows) {
+    for (int row = 0; row < rows; ++row) {
+      auto* words = reinterpret_cast<uint4*>(&exchange_.rows[slot + row]);
+      constexpr int kWords = offsetof(RowShared, signature) / sizeof(uint4);
+      for (int i = threadIdx.x; i < kWords; i += kThreads) words[i] = {0, 0, 0, 0};
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();
+      for (int row = 0; row < rows; ++row) {
+        ptx::store_release(&exchange_.rows[slot + row].signature, exchange_.signature);
+      }
+    }
+  }
+
   /// Enters a part of a row with several ranks, whose keys have been counted, into the exchange for the row's k best.
   __device__ void enter(RowPart& part, uint32_t k) {
     if (threadIdx.x == 0) {
@@ -162,6 +231,9 @@ class RowSelection {
       part.level = 0;
       part.active = true;
       part.is_narrow = false;
+      while (ptx::load_acquire(&exchange_.rows[part.slot].signature) != exchange_.signature) {
+      }
+      __threadfence();
     }
     __syncthreads();
     add_counts(part, 0);
@@ -178,7 +250,11 @@ class RowSelection {
     if (part.is_narrow) {
       finish_shared(part);
       __syncthreads();
-      if (threadIdx.x == 0) part.active = false;
+      if (threadIdx.x == 0) {
+        part.active = false;
+        RowShared& shared = exchange_.rows[part.slot];
+        if (atomicAdd(&shared.finished, 1u) == static_cast<uint32_t>(part.ranks) - 1) shared.signature = 0;
+      }
       __syncthreads();
       return;
     }

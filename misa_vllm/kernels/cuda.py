@@ -91,18 +91,57 @@ def select_tokens(
     """
     IndexerChecks("select_tokens", _DEMANDS).select(q, gates, heads, index_cache, rows, k, out)
     operators = _EXTENSION.operators
+    visible_to = _NO_BOUND if visible_to is None else visible_to
     if _is_decode(rows):
-        select = operators.decode_select
         size = operators.decode_workspace_bytes(len(rows))
         workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
-    else:
-        select = operators.prefill_select
-        if workspace is None:
-            size = operators.prefill_workspace_bytes(rows.max_visible)
-            workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
-    select(
+        operators.decode_select(
+            q, gates, heads, index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, k, out,
+            visible_from, visible_to, workspace, False,
+        )  # fmt: skip
+        return
+    if workspace is None:
+        size = operators.prefill_workspace_bytes(rows.max_visible)
+        workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
+    operators.prefill_select(
         q, gates, heads, index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, k, out,
-        visible_from, _NO_BOUND if visible_to is None else visible_to, workspace,
+        visible_from, visible_to, workspace,
+    )  # fmt: skip
+
+
+def route_and_select(
+    q: torch.Tensor,
+    gates: torch.Tensor,
+    index_cache: torch.Tensor,
+    rows: QueryRows,
+    active_heads: int,
+    pool_block: int,
+    k: int,
+    out: torch.Tensor,
+    visible_from: int = 0,
+) -> None:
+    """`select_tokens` by the heads of `route_heads`.
+
+    For few rows the selection starts while heads are still being routed, and reads its first keys meanwhile.
+    """
+    if not _is_decode(rows) or len(rows) == 0:
+        heads = route_heads(q, gates, index_cache, rows, active_heads, pool_block)
+        select_tokens(q, gates, heads, index_cache, rows, k, out, visible_from)
+        return
+    IndexerChecks("route_heads", _DEMANDS).route(q, gates, index_cache, rows, active_heads, pool_block)
+    IndexerChecks("select_tokens", _DEMANDS).select(q, gates, None, index_cache, rows, k, out)
+    operators = _EXTENSION.operators
+    # Both launches' memory is taken first, so that neither lies where the other's was: they run at the same time.
+    heads = torch.empty(len(rows), active_heads, dtype=torch.int32, device=q.device)
+    size = operators.decode_workspace_bytes(len(rows))
+    workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
+    operators.route_heads(
+        q, gates, index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, pool_block,
+        workspace[:0], heads,
+    )  # fmt: skip
+    operators.decode_select(
+        q, gates, heads, index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, k, out,
+        visible_from, _NO_BOUND, workspace, True,
     )  # fmt: skip
 
 

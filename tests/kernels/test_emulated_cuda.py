@@ -17,16 +17,18 @@ from .cases import make_case, random_heads
 
 NO_BOUND = 2**31 - 1
 UNTOUCHED = -7
+DEFAULT_VARIANT, COOPERATIVE, SAME_SIGNATURE = 7, 1, 8
 
 
-def decode_select(operators, case, heads, k, visible_from=0, visible_to=NO_BOUND):
+def decode_select(operators, case, heads, k, visible_from=0, visible_to=NO_BOUND, workspace=None):
     """Always the kernel for few rows; its workspace holds anything."""
     out = torch.full((len(case), k + 3), UNTOUCHED, dtype=torch.int32)
-    workspace = torch.full((operators.decode_workspace_bytes(len(case)),), 0xA5, dtype=torch.uint8)
+    if workspace is None:
+        workspace = torch.full((operators.decode_workspace_bytes(len(case)),), 0xA5, dtype=torch.uint8)
     rows = case.rows
     operators.decode_select(
         case.q, case.gates, heads, case.index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, k,
-        out, visible_from, visible_to, workspace,
+        out, visible_from, visible_to, workspace, False,
     )  # fmt: skip
     assert (out[:, k:] == UNTOUCHED).all()
     return out[:, :k]
@@ -140,6 +142,46 @@ def test_rows_that_do_not_fit_into_one_cta(operators, order, rows_each):
     elif order == "mostly nan":
         scales_view(case.index_cache)[case.rows.block_table[0, 100:400].long()] = torch.nan
     assert_equals_reference(operators, case, random_heads(case, 8), 2048 if order != "constant" else 500)
+
+
+def test_a_replayed_launch_finds_the_workspace_of_the_last_one(operators):
+    """A graph replays a launch with the same arguments, other lengths and what the launch before left behind."""
+    case = in_order(make_case([[5000], [3000], [700, 701]], 8, seed=6, exact=True))
+    heads = random_heads(case, 8)
+    operators.configure(9, seed=6)
+    workspace = torch.full((operators.decode_workspace_bytes(len(case)),), 0xA5, dtype=torch.uint8)
+    lengths = case.rows.visible
+    operators.decode_variant(DEFAULT_VARIANT | SAME_SIGNATURE)
+    try:
+        for share in (1.0, 0.3, 0.9, 0.0, 0.6):
+            visible = (lengths * share).int()
+            case.rows = QueryRows(case.rows.block_table, case.rows.request, visible, case.rows.max_visible)
+            want = torch.full((len(case), 200), UNTOUCHED, dtype=torch.int32)
+            reference.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, 200, want)
+            assert torch.equal(decode_select(operators, case, heads, 200, workspace=workspace), want)
+    finally:
+        operators.decode_variant(DEFAULT_VARIANT)
+
+
+@pytest.mark.parametrize("variant", [DEFAULT_VARIANT, DEFAULT_VARIANT & ~COOPERATIVE])
+def test_selection_that_starts_before_routing_has_ended(operators, emulated_cuda, variant):
+    """The same tokens as one after the other, whatever the order of events."""
+    case = in_order(make_case([[12_000], [5000, 5001], [700], [1500], [0]], 32, seed=4, exact=True))
+    heads = emulated_cuda.route_heads(case.q, case.gates, case.index_cache, case.rows, 8, 256)
+    want = torch.full((len(case), 512), UNTOUCHED, dtype=torch.int32)
+    emulated_cuda.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, 512, want, visible_from=513)
+    operators.decode_variant(variant)
+    try:
+        for multiprocessors in (2, 7, 20):
+            operators.configure(multiprocessors, seed=multiprocessors)
+            out = torch.full_like(want, UNTOUCHED)
+            with operators.stream():
+                emulated_cuda.route_and_select(
+                    case.q, case.gates, case.index_cache, case.rows, 8, 256, 512, out, visible_from=513
+                )
+            assert torch.equal(out, want)
+    finally:
+        operators.decode_variant(DEFAULT_VARIANT)
 
 
 @pytest.mark.parametrize("visible_from, visible_to", [(0, 2049), (65, 66), (2050, NO_BOUND)])

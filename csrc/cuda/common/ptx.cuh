@@ -158,6 +158,17 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* pointer) {
   return value;
 }
 
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* pointer) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+// Publishes what this thread wrote, or saw written before a barrier of the block.
+__device__ __forceinline__ void store_release(uint64_t* pointer, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
+}
+
 // ---------------------------------------------------------------- registers
 
 // Changes the register limit of each thread of the warpgroup; the limits of a block's warpgroups sum to what it
