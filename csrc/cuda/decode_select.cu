@@ -6,13 +6,14 @@
 // warpgroups take pages in turn, and the scores stay in shared memory as order-preserving integers. When they fill it,
 // only the best are kept and scoring goes on. CTAs that share a row select together (row_selection.cuh).
 //
-// Rows of a request that are routed first: the launch overlaps the router's (follows_route) up to the need of heads.
+// Where heads are routed, that is done in the same launch, while the first pages arrive (decode_router.cuh).
 #include <algorithm>
 #include <atomic>
 #include <random>
 
 #include "common/ptx.cuh"
 #include "common/select.cuh"
+#include "decode_router.cuh"
 #include "key_scores.cuh"
 #include "row_selection.cuh"
 #include "tensor_map.h"
@@ -34,6 +35,7 @@ constexpr int kScratchWords = 2 * kListedKeys;
 constexpr int kMoreKept = 512;  // keys besides the k best that a single row keeps after a round: no exact cut is needed
 
 using Selection = RowSelection<kThreads>;
+using Router = DecodeRouter<kThreads>;
 
 struct SelectArguments {
   QueryHeads queries;
@@ -46,9 +48,9 @@ struct SelectArguments {
   int stages;         // a multiple of kWarpgroups, so that every stage belongs to one warpgroup
   int pool_words;     // for the keys of a chunk's rows
   int rows_per_item;  // at most
-  bool row_is_slot;   // of the exchange
-  bool follows_route; // may start before the router has ended, and until then reads what was there before the router
-  bool drops_low;
+  bool row_is_slot;  // of the exchange
+  bool drops_low, exchanges_keys;
+  RouteSettings route;
   Exchange exchange;
 
   __device__ bool scores(int visible) const {
@@ -66,6 +68,8 @@ struct Chunk {
   int first_page, pages, begin;
   int first_chunk, rank, ranks;
   int slot;  // of its first row in the exchange
+  int item_pages;
+  bool is_short;  // the ranks exchange keys
 };
 
 /// Shared by the block.
@@ -73,8 +77,6 @@ struct Plan {
   int items, chunks, pages;
   bool is_feasible[4][kThreads / 32];
 };
-
-__device__ __forceinline__ int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
 
 /// The first warp groups adjacent rows of one request into items; returns how many.
 __device__ __forceinline__ int find_items(
@@ -138,7 +140,7 @@ __device__ __forceinline__ int choose_chunk_pages(const Item* items, Plan& plan)
 
 /// The first warp finds the CTA's chunks. An item has at most as many chunks as there are CTAs, so none is in it twice.
 __device__ __forceinline__ void find_chunks(
-    const int* request, const Item* items, int chunk_pages, bool row_is_slot, Chunk* chunks, Plan& plan) {
+    const SelectArguments& args, const int* request, const Item* items, int chunk_pages, Chunk* chunks, Plan& plan) {
   const int lane = threadIdx.x, ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
   int before = 0, split_before = 0;
   for (int base = 0; base < plan.items; base += 32) {
@@ -155,11 +157,15 @@ __device__ __forceinline__ void find_chunks(
     const int rank = ((cta - first) % ctas + ctas) % ctas;
     const uint32_t split = __ballot_sync(~0u, ranks > 1);
     if (rank < ranks) {
-      const int first_page = rank * item.pages / ranks;
+      const int first_page = rank * item.pages / ranks, keys = item.pages * kPageTokens;
+      // all keys of one row besides all ranks' share of every row: the same answer for each rank
+      const bool is_short = args.exchanges_keys && ranks > 1 && keys <= kExchangedKeys &&
+                            keys + (ceil_div(item.pages, ranks) * item.rows) * kPageTokens <= args.pool_words;
       chunks[(first + rank) / ctas] = {
           item.row, item.rows, request[item.row], first_page, (rank + 1) * item.pages / ranks - first_page, 0, first,
           rank, ranks,
-          row_is_slot ? item.row : kRowsPerItem * (split_before + __popc(split & ((1u << lane) - 1)))};
+          args.row_is_slot ? item.row : kRowsPerItem * (split_before + __popc(split & ((1u << lane) - 1))),
+          item.pages, is_short};
     }
     before += __shfl_sync(~0u, inclusive, 31);
     split_before += __popc(split);
@@ -177,7 +183,7 @@ __device__ __forceinline__ void find_chunks(
   }
 }
 
-template <int kHeads>
+template <int kHeads, bool kRoutes>
 __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     const __grid_constant__ CUtensorMap key_map, const __grid_constant__ SelectArguments args) {
   using Layout = HeadLayout<kHeads>;
@@ -192,9 +198,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
   auto* pool = scratch + kScratchWords;
   auto& selection_shared = *reinterpret_cast<Selection::Shared*>(pool + args.pool_words);
   auto* full = reinterpret_cast<uint64_t*>(&selection_shared + 1);
-  auto* chunks = reinterpret_cast<Chunk*>(full + stages);
+  auto* routed_heads = reinterpret_cast<int32_t*>(full + stages);
+  auto* chunks = reinterpret_cast<Chunk*>(routed_heads + Layout::kRows * kHeads);
 
-  if (!args.follows_route) ptx::wait_for_previous_kernel();
+  ptx::wait_for_previous_kernel();
   {
     int* visible = reinterpret_cast<int*>(pool);  // the pool is still unused
     int* request = visible + args.rows.count;
@@ -214,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     }
     __syncthreads();
     const int chunk_pages = choose_chunk_pages(items, plan);
-    if (threadIdx.x < 32) find_chunks(request, items, chunk_pages, args.row_is_slot, chunks, plan);
+    if (threadIdx.x < 32) find_chunks(args, request, items, chunk_pages, chunks, plan);
     for (int row = blockIdx.x; row < args.rows.count; row += gridDim.x) {
       const int seen = visible[row];
       if (seen > k || seen < args.visible_from || seen >= args.visible_to) continue;
@@ -223,10 +230,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     __syncthreads();
   }
   const int page_count = plan.pages, chunk_count = plan.chunks;
-  if (chunk_count == 0) {
-    if (args.follows_route) ptx::wait_for_previous_kernel();  // who waits for this kernel waits for the router, too
-    return;
-  }
+  if (chunk_count == 0) return;
 
   // pages are numbered from this CTA's first; a warpgroup takes every kWarpgroups-th
   int chunk_of_id = 0;
@@ -255,15 +259,34 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
   Selection selection(args.exchange, selection_shared, reinterpret_cast<uint64_t*>(scratch));
   for (int number = 0; number < chunk_count; ++number) {
     const Chunk& chunk = chunks[number];
-    if (chunk.ranks > 1 && chunk.rank == 0) selection.prepare(chunk.slot, chunk.rows);
+    if (chunk.ranks > 1 && chunk.rank == 0) {
+      const int keys = chunk.item_pages * kPageTokens;
+      selection.prepare(
+          chunk.slot, chunk.rows, chunk.is_short ? keys : 0, kRoutes ? Router::partial_words(keys) : 0);
+    }
   }
-  if (args.follows_route) ptx::wait_for_previous_kernel();  // for the heads
   const int key_of_thread = thread / 32 * 16 + thread % 32 / 4;
   const int row_of_lane = Layout::row_of_lane();
   for (int number = 0; number < chunk_count; ++number) {
     const Chunk& chunk = chunks[number];  // not a copy: registers are short
     const int pages_before = chunk.first_page - chunk.begin;  // of the row, before the CTA's page 0
-    const QueryHeads queries = args.queries.from_row(chunk.row);
+    QueryHeads queries = args.queries.from_row(chunk.row);
+    const auto await = [&] {
+      if (chunk.ranks > 1) selection.await_prepared(chunk.slot, chunk.rows);
+    };
+    if constexpr (kRoutes) {
+      Router router(args.route, args.cache, args.queries, args.exchange, reinterpret_cast<char*>(scratch));
+      const RoutePart part = {
+          args.rows.block_table + chunk.request * args.rows.table_stride, args.rows.visible + chunk.row, chunk.rows,
+          chunk.row, chunk.slot, chunk.rank, chunk.ranks};
+      router.route(part, routed_heads, kHeads, await);
+      queries.heads = routed_heads;
+      queries.heads_stride = kHeads;
+      queries.count = args.route.active_heads;
+      __syncthreads();
+    } else {
+      await();
+    }
     store_query<kHeads>(query, queries, chunk.rows);
     const bool has_result = Layout::has_result(chunk.rows);
     const int visible = has_result ? args.rows.visible[chunk.row + row_of_lane] : 0;
@@ -275,7 +298,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     const int next_words = fits || 2 * best_kept <= kScratchWords ? 0 : 2 * best_kept;
     uint32_t* next_keys = next_words == 0 ? scratch : pool + args.pool_words - next_words;
     uint32_t* next_positions = next_keys + best_kept;
-    const int row_words = (args.pool_words - next_words) / chunk.rows / kPageTokens * kPageTokens;
+    const int row_words = chunk.is_short ? chunk.pages * kPageTokens
+                                         : (args.pool_words - next_words) / chunk.rows / kPageTokens * kPageTokens;
     const int kept_words = fits ? 0 : most_kept;
     const int capacity = (row_words - kept_words) / kPageTokens * kPageTokens;
     const auto positions_of = [&](int row) { return pool + row * row_words; };
@@ -382,7 +406,32 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       round_first = round_last;
     }
 
-    if (chunk.ranks == 1) {
+    if (chunk.is_short) {
+      const int first = chunk.first_page * kPageTokens, keys = chunk.item_pages * kPageTokens;
+      uint32_t* all_keys = pool + chunk.rows * row_words;
+      for (int row = 0; row < chunk.rows; ++row) selection.publish_keys(parts[row], first);
+      for (int row = 0; row < chunk.rows; ++row) {
+        RowPart& part = parts[row];
+        if (!counts) {
+          selection.clear();
+          __syncthreads();
+        }
+        selection.collect_keys(part, first, keys, counts, all_keys);
+        __syncthreads();
+        if (threadIdx.x == 0) {
+          selection.leave(part);
+          part.keys = all_keys;
+          part.count = keys;
+          part.later_offset = 0;
+        }
+        int32_t* out = part.out;
+        const uint32_t own_keys = row_words;
+        selection.select(part, k, [&](int place, int i) {
+          if (static_cast<uint32_t>(i - first) < own_keys) out[place] = i;
+        });
+        __syncthreads();
+      }
+    } else if (chunk.ranks == 1) {
       for (int row = 0; row < chunk.rows; ++row) {
         RowPart& part = parts[row];
         if (!counts) selection.count_all(part);
@@ -412,25 +461,26 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
 
 // ---------------------------------------------------------------- launch
 
-// What of the fourth version is in force, so that a wrong prediction can be told from the others.
+// What of the newer versions is in force, so that a wrong prediction can be told from the others.
 constexpr int kCooperative = 1, kOverlaps = 2, kDropsLow = 4;
 constexpr int kSameSignature = 8;  // for tests: of all launches, as in a graph that is replayed
-int variant = kCooperative | kOverlaps | kDropsLow;
+constexpr int kExchangesKeys = 16, kMoreStages = 32;
+int variant = kCooperative | kOverlaps | kDropsLow | kExchangesKeys | kMoreStages;
 
 int64_t align(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
 /// Where the exchange lies in the workspace, and how long that is. A split item has fewer pages than the others of at
 /// least its number of CTAs, so there are fewer of them than CTAs.
 struct Workspace {
-  int64_t slots, rows, more_counts, lists, counts, bytes;
+  int64_t slots, rows, buffers, counts, partials, bytes;
 
-  Workspace(int64_t row_count, int64_t ctas) {
+  Workspace(int64_t row_count, int64_t ctas, int64_t partial_words) {
     slots = std::min(row_count, kRowsPerItem * ctas);
     rows = 0;
-    more_counts = align(rows + slots * static_cast<int64_t>(sizeof(RowShared)));
-    lists = more_counts + slots * 2 * kDigits * 4;
-    counts = lists + slots * kListedKeys * 8;
-    bytes = align(counts + (row_count + ctas) * kRowsPerItem * 2 * 4);
+    buffers = align(rows + slots * static_cast<int64_t>(sizeof(RowShared)));
+    counts = align(buffers + slots * static_cast<int64_t>(sizeof(RowBuffers)));
+    partials = align(counts + (row_count + ctas) * kRowsPerItem * 2 * 4);
+    bytes = align(partials + slots * partial_words * 4);
   }
 };
 
@@ -441,7 +491,7 @@ int multiprocessors() {
   return count;
 }
 
-template <int kHeads>
+template <int kHeads, bool kRoutes>
 void launch(SelectArguments args, int requests, int max_visible, cudaStream_t stream) {
   using Layout = HeadLayout<kHeads>;
   const int row_count = args.rows.count;
@@ -450,9 +500,14 @@ void launch(SelectArguments args, int requests, int max_visible, cudaStream_t st
   const int ctas = static_cast<int>(std::min<int64_t>(multiprocessors(), useful_ctas));
 
   const int fixed_bytes = Layout::kQueryBytes + kScratchWords * 4 + static_cast<int>(sizeof(Selection::Shared)) +
-                          (row_count / ctas + 2) * static_cast<int>(sizeof(Chunk)) + kStaticSharedBytes;
+                          Layout::kRows * kHeads * 4 + (row_count / ctas + 2) * static_cast<int>(sizeof(Chunk)) +
+                          kStaticSharedBytes;
   const auto pool_with = [&](int stages) {
     return (kMaxSharedBytes - fixed_bytes - stages * kStageBytes) / 4 / kPageTokens * kPageTokens;
+  };
+  const auto can_route = [&](int stages, int segments_at_once) {
+    const int bytes = 4 * (kScratchWords + pool_with(stages));
+    return !kRoutes || Router::area_bytes(segments_at_once, args.route.segment_blocks, Layout::kRows) <= bytes;
   };
   // room for the kept keys of a chunk's rows, and for a fair number of new ones
   constexpr int kFewestNewKeys = 32 * kPageTokens;
@@ -462,23 +517,32 @@ void launch(SelectArguments args, int requests, int max_visible, cudaStream_t st
     const int most_kept = best_kept + (rows == 1 ? kMoreKept : 0);
     return (pool_with(stages) - next_words) / rows / kPageTokens * kPageTokens >= 2 * most_kept + kFewestNewKeys;
   };
-  // as many stages as cover the latency of memory, unless with fewer the keys fit at once
-  constexpr int kMostStages = 3 * kWarpgroups, kGoodStages = 2 * kWarpgroups;
+  // As many stages as cover the latency of memory, unless with fewer the keys fit at once. More cover a wait, too.
+  constexpr int kMostStages = 4 * kWarpgroups, kManyStages = 3 * kWarpgroups, kGoodStages = 2 * kWarpgroups;
   const int likely_rows = std::min(Layout::kRows, (row_count + requests - 1) / requests);
   const int items = (row_count + likely_rows - 1) / likely_rows;
   const int likely_ranks = std::max(1, ctas / items);
   const int64_t likely_words =
       static_cast<int64_t>((row_pages + likely_ranks - 1) / likely_ranks) * kPageTokens * likely_rows;
-  args.stages = pool_with(kMostStages) < likely_words && pool_with(kGoodStages) >= likely_words ? kGoodStages
-                                                                                                : kMostStages;
-  while (args.stages > kWarpgroups && !can_hold(args.stages, 1)) args.stages -= kWarpgroups;
+  args.stages = kManyStages;
+  if ((variant & kMoreStages) && pool_with(kMostStages) >= likely_words) {
+    args.stages = kMostStages;
+  } else if (pool_with(kManyStages) < likely_words && pool_with(kGoodStages) >= likely_words) {
+    args.stages = kGoodStages;
+  }
+  const auto suffices = [&](int stages) { return can_hold(stages, 1) && can_route(stages, 1); };
+  while (args.stages > kWarpgroups && !suffices(args.stages)) args.stages -= kWarpgroups;
   STD_TORCH_CHECK(
-      can_hold(args.stages, 1), "select_tokens: k = ", args.k, " is too large for this kernel, choose at most 8192");
+      suffices(args.stages), "select_tokens: k = ", args.k, " is too large for this kernel, choose at most 8192");
+  args.route.segments_at_once = 8;
+  while (args.route.segments_at_once > 1 && !can_route(args.stages, args.route.segments_at_once)) {
+    --args.route.segments_at_once;
+  }
   args.rows_per_item = Layout::kRows;
   while (!can_hold(args.stages, args.rows_per_item)) --args.rows_per_item;
   args.pool_words = pool_with(args.stages);
 
-  const auto kernel = decode_select_kernel<kHeads>;
+  const auto kernel = decode_select_kernel<kHeads, kRoutes>;
   const int shared_bytes = kMaxSharedBytes - kStaticSharedBytes;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "select_tokens");
   cudaLaunchConfig_t config = {};
@@ -511,16 +575,70 @@ uint64_t next_signature() {
 
 void decode_variant(int64_t bits) { variant = static_cast<int>(bits); }
 
-int64_t decode_workspace_bytes(int64_t row_count) { return Workspace(row_count, multiprocessors()).bytes; }
+int64_t partial_words_of(int64_t max_visible) {
+  return Router::partial_words(static_cast<int>(std::min<int64_t>(max_visible, 1 << 30)));
+}
+
+int64_t decode_workspace_bytes(int64_t row_count) { return Workspace(row_count, multiprocessors(), 0).bytes; }
+
+int64_t decode_route_workspace_bytes(int64_t row_count, int64_t max_visible) {
+  return Workspace(row_count, multiprocessors(), partial_words_of(max_visible)).bytes;
+}
+
+/// What both operators check and fill in.
+SelectArguments arguments_of(
+    const Tensor& q, const Tensor& gates, const Tensor& index_cache, bool needs_means, const Tensor& block_table,
+    const Tensor& request, const Tensor& visible, int64_t k, const Tensor& out, int64_t visible_from,
+    int64_t visible_to, const Tensor& workspace, int64_t partial_words) {
+  SelectArguments args = {};
+  args.cache = index_cache_of(index_cache, needs_means);
+  args.rows = rows_of(block_table, request, visible);
+  args.queries = query_heads(q, gates, args.rows);
+  check_tensor(out, "out", ScalarType::Int, 2);
+  STD_TORCH_CHECK(
+      out.size(0) == args.rows.count && k >= 1 && out.size(1) >= k, "out must be [", args.rows.count, ", at least k = ",
+      k, "]");
+  STD_TORCH_CHECK(
+      args.rows.count <= kMaxRows, "decode_select takes at most ", kMaxRows, " rows, not ", args.rows.count,
+      ": use prefill_select");
+  const Workspace layout(args.rows.count, multiprocessors(), partial_words);
+  check_tensor(workspace, "workspace", ScalarType::Byte, 1);
+  STD_TORCH_CHECK(
+      workspace.size(0) >= layout.bytes && reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0,
+      "workspace: ", layout.bytes, " bytes at a multiple of 16 are needed, it has ", workspace.size(0));
+  auto* base = static_cast<uint8_t*>(workspace.data_ptr());
+  args.exchange.rows = reinterpret_cast<RowShared*>(base + layout.rows);
+  args.exchange.buffers = reinterpret_cast<RowBuffers*>(base + layout.buffers);
+  args.exchange.counts = reinterpret_cast<uint32_t (*)[kRowsPerItem][2]>(base + layout.counts);
+  args.exchange.partials = reinterpret_cast<uint32_t*>(base + layout.partials);
+  args.exchange.partial_words = static_cast<int>(partial_words);
+  args.exchange.signature = variant & kSameSignature ? 1 : next_signature();
+  args.row_is_slot = args.rows.count <= layout.slots;
+  args.k = static_cast<int>(k);
+  args.visible_from = static_cast<int>(visible_from);
+  args.visible_to = static_cast<int>(std::min<int64_t>(visible_to, INT32_MAX));
+  args.out = static_cast<int32_t*>(out.data_ptr());
+  args.out_stride = out.stride(0);
+  args.drops_low = variant & kDropsLow;
+  args.exchanges_keys = variant & kExchangesKeys;
+  return args;
+}
+
+template <bool kRoutes>
+void launch_heads(const SelectArguments& args, int heads, int64_t requests, int64_t max_visible, cudaStream_t stream) {
+  const auto launch_some = heads <= 8    ? launch<8, kRoutes>
+                           : heads <= 16 ? launch<16, kRoutes>
+                           : heads <= 32 ? launch<32, kRoutes>
+                                         : launch<64, kRoutes>;
+  launch_some(args, static_cast<int>(requests), static_cast<int>(max_visible), stream);
+}
 
 void decode_select(
     Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor index_cache, Tensor block_table, Tensor request,
     Tensor visible, int64_t max_visible, int64_t k, Tensor out, int64_t visible_from, int64_t visible_to,
-    Tensor workspace, bool follows_route) {
-  SelectArguments args = {};
-  args.cache = index_cache_of(index_cache, false);
-  args.rows = rows_of(block_table, request, visible);
-  args.queries = query_heads(q, gates, args.rows);
+    Tensor workspace) {
+  SelectArguments args = arguments_of(
+      q, gates, index_cache, false, block_table, request, visible, k, out, visible_from, visible_to, workspace, 0);
   if (heads.has_value()) {
     check_tensor(*heads, "heads", ScalarType::Int, 2);
     STD_TORCH_CHECK(
@@ -530,39 +648,36 @@ void decode_select(
     args.queries.heads_stride = heads->stride(0);
     args.queries.count = static_cast<int>(heads->size(1));
   }
-  check_tensor(out, "out", ScalarType::Int, 2);
-  STD_TORCH_CHECK(
-      out.size(0) == args.rows.count && k >= 1 && out.size(1) >= k, "out must be [", args.rows.count, ", at least k = ",
-      k, "]");
-  STD_TORCH_CHECK(
-      args.rows.count <= kMaxRows, "decode_select takes at most ", kMaxRows, " rows, not ", args.rows.count,
-      ": use prefill_select");
   if (args.rows.count == 0) return;
-  const Workspace layout(args.rows.count, multiprocessors());
-  check_tensor(workspace, "workspace", ScalarType::Byte, 1);
+  launch_heads<false>(args, args.queries.count, block_table.size(0), max_visible, current_stream(q));
+}
+
+void decode_route_select(
+    Tensor q, Tensor gates, Tensor index_cache, Tensor block_table, Tensor request, Tensor visible,
+    int64_t max_visible, int64_t active_heads, int64_t pool_block, int64_t k, Tensor out, int64_t visible_from,
+    Tensor workspace, std::optional<Tensor> routed) {
+  SelectArguments args = arguments_of(
+      q, gates, index_cache, true, block_table, request, visible, k, out, visible_from, INT32_MAX, workspace,
+      partial_words_of(max_visible));
   STD_TORCH_CHECK(
-      workspace.size(0) >= layout.bytes && reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0,
-      "workspace: ", layout.bytes, " bytes at a multiple of 16 are needed, it has ", workspace.size(0));
-  auto* base = static_cast<uint8_t*>(workspace.data_ptr());
-  args.exchange.rows = reinterpret_cast<RowShared*>(base + layout.rows);
-  args.exchange.more_counts = reinterpret_cast<uint32_t (*)[2][kDigits]>(base + layout.more_counts);
-  args.exchange.lists = reinterpret_cast<uint64_t (*)[kListedKeys]>(base + layout.lists);
-  args.exchange.counts = reinterpret_cast<uint32_t (*)[kRowsPerItem][2]>(base + layout.counts);
-  args.row_is_slot = args.rows.count <= layout.slots;
-  args.k = static_cast<int>(k);
-  args.visible_from = static_cast<int>(visible_from);
-  args.visible_to = static_cast<int>(std::min<int64_t>(visible_to, INT32_MAX));
-  args.out = static_cast<int32_t*>(out.data_ptr());
-  args.out_stride = out.stride(0);
-  args.exchange.signature = variant & kSameSignature ? 1 : next_signature();
-  args.follows_route = follows_route && (variant & kOverlaps);
-  args.drops_low = variant & kDropsLow;
-  const cudaStream_t stream = current_stream(q);
-  const auto launch_heads = args.queries.count <= 8    ? launch<8>
-                            : args.queries.count <= 16 ? launch<16>
-                            : args.queries.count <= 32 ? launch<32>
-                                                       : launch<64>;
-  launch_heads(args, static_cast<int>(block_table.size(0)), static_cast<int>(max_visible), stream);
+      active_heads >= 1 && active_heads <= args.queries.count, "active_heads must be 1 to ", args.queries.count,
+      ", it is ", active_heads);
+  STD_TORCH_CHECK(
+      pool_block >= kPageTokens && pool_block % kPageTokens == 0, "pool_block must be a multiple of ", kPageTokens,
+      ", it is ", pool_block);
+  args.route.heads = args.queries.count;
+  args.route.active_heads = static_cast<int>(active_heads);
+  args.route.pool_block = static_cast<int>(pool_block);
+  args.route.segment_blocks = segment_blocks_of(args.route.pool_block);
+  if (routed.has_value()) {
+    check_tensor(*routed, "routed", ScalarType::Int, 2);
+    STD_TORCH_CHECK(
+        routed->size(0) == args.rows.count && routed->size(1) == active_heads && routed->is_contiguous(),
+        "routed must be contiguous [", args.rows.count, ", ", active_heads, "]");
+    args.route.routed = static_cast<int32_t*>(routed->data_ptr());
+  }
+  if (args.rows.count == 0) return;
+  launch_heads<true>(args, args.route.active_heads, block_table.size(0), max_visible, current_stream(q));
 }
 
 }  // namespace
@@ -570,18 +685,25 @@ void decode_select(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(misa_vllm, m) {
   m.def("decode_workspace_bytes(int rows) -> int");
+  m.def("decode_route_workspace_bytes(int rows, int max_visible) -> int");
   m.def(
       "decode_select(Tensor q, Tensor gates, Tensor? heads, Tensor index_cache, Tensor block_table, Tensor request, "
       "Tensor visible, int max_visible, int k, Tensor(a!) out, int visible_from, int visible_to, "
-      "Tensor(b!) workspace, bool follows_route) -> ()");
+      "Tensor(b!) workspace) -> ()");
+  m.def(
+      "decode_route_select(Tensor q, Tensor gates, Tensor index_cache, Tensor block_table, Tensor request, "
+      "Tensor visible, int max_visible, int active_heads, int pool_block, int k, Tensor(a!) out, int visible_from, "
+      "Tensor(b!) workspace, Tensor(c!)? routed) -> ()");
   m.def("decode_variant(int bits) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(misa_vllm, CompositeExplicitAutograd, m) {
   m.impl("decode_workspace_bytes", TORCH_BOX(&misa::decode_workspace_bytes));
+  m.impl("decode_route_workspace_bytes", TORCH_BOX(&misa::decode_route_workspace_bytes));
   m.impl("decode_variant", TORCH_BOX(&misa::decode_variant));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(misa_vllm, CUDA, m) {
   m.impl("decode_select", TORCH_BOX(&misa::decode_select));
+  m.impl("decode_route_select", TORCH_BOX(&misa::decode_route_select));
 }

@@ -4,7 +4,7 @@
 // range are listed, the exact cut is found among them, and one pass over all keys writes what is selected in order of
 // position. The CTAs that share a row ("ranks", in order of position) add up their histograms in global memory, wait
 // for one another, merge their lists, wait again and each find the same cut: two waits, unless the range holds more
-// keys than a list.
+// keys than a list. Of a short row every rank gets all keys, and each selects alone: one wait.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "cluster_topk.cuh"
+#include "common/ptx.cuh"
 #include "common/select.cuh"
 
 namespace misa {
@@ -59,8 +60,8 @@ struct KeyRange {
 };
 
 /// What the ranks of one row share. It may hold anything before the launch: rank 0 clears it and then writes the
-/// launch's signature, without which no rank touches it. The last rank to finish takes the signature away, as a graph
-/// replays its launches with the signatures that they were captured with.
+/// launch's signature, without which no rank touches it or the row's other buffers. The last rank to finish takes the
+/// signature away, as a graph replays its launches with the signatures that they were captured with.
 struct RowShared {
   uint32_t counts[kDigits];
   uint32_t arrived[kMaxLevels + 1];
@@ -69,14 +70,36 @@ struct RowShared {
 };
 static_assert(sizeof(RowShared) % 16 == 0 && offsetof(RowShared, signature) % 16 == 0);
 
+struct RowBuffers {
+  uint32_t more_counts[2][kDigits];
+  uint64_t list[kListedKeys];  // rank values (common/select.cuh)
+
+  /// In their place, of a short row.
+  __device__ uint32_t* keys() { return more_counts[0]; }
+};
+constexpr int kExchangedKeys = sizeof(RowBuffers) / sizeof(uint32_t);
+
 /// In global memory.
 struct Exchange {
-  RowShared* rows;                         // [slots]
-  uint32_t (*more_counts)[2][kDigits];     // [slots]
-  uint64_t (*lists)[kListedKeys];          // [slots], rank values (common/select.cuh)
-  uint32_t (*counts)[kRowsPerItem][2];     // [chunks]: keys above the range, keys in it
-  uint64_t signature;                      // of this launch: no other has it
+  RowShared* rows;                      // [slots]
+  RowBuffers* buffers;                  // [slots]
+  uint32_t (*counts)[kRowsPerItem][2];  // [chunks]: keys above the range, keys in it
+  uint32_t* partials;                   // [slots, partial_words], the routers' (decode_router.cuh)
+  int partial_words;
+  uint64_t signature;                   // of this launch: no other has it
 };
+
+/// Words that ranks pass on without a barrier are 0 until they are written, and never 0 then.
+__device__ __forceinline__ uint32_t written_key(uint32_t key) { return key == 0 ? ~1u : key; }  // ~1 is no order key
+__device__ __forceinline__ uint32_t read_key(uint32_t word) { return word == ~1u ? 0 : word; }
+
+__device__ __forceinline__ uint4 wait_for_words(const uint32_t* words) {
+  uint4 four;
+  do {
+    four = ptx::load_relaxed(reinterpret_cast<const uint4*>(words));
+  } while (four.x == 0 || four.y == 0 || four.z == 0 || four.w == 0);
+  return four;
+}
 
 /// A CTA's keys of one row, ascending in position; key 0 means "none". Index i is at position positions[i] if
 /// i < listed_positions, else at i + later_offset. Lies in shared memory.
@@ -208,20 +231,73 @@ class RowSelection {
     return static_cast<int>(min(total, k));
   }
 
-  /// Rank 0 makes `rows` slots from `slot` on ready for the exchange.
-  __device__ void prepare(int slot, int rows) {
-    for (int row = 0; row < rows; ++row) {
-      auto* words = reinterpret_cast<uint4*>(&exchange_.rows[slot + row]);
-      constexpr int kWords = offsetof(RowShared, signature) / sizeof(uint4);
-      for (int i = threadIdx.x; i < kWords; i += kThreads) words[i] = {0, 0, 0, 0};
+  /// Rank 0 makes `rows` slots from `slot` on ready for the exchange of a row's histograms or of its `keys`, and of
+  /// `partials` words. One warp works, the others need not wait for it.
+  __device__ void prepare(int slot, int rows, int keys, int partials) {
+    if (threadIdx.x / 32 != kWarps - 1) return;
+    const int lane = threadIdx.x % 32;
+    const auto clear = [&](uint32_t* words, int count) {
+      for (int i = 4 * lane; i < count; i += 128) *reinterpret_cast<uint4*>(words + i) = {0, 0, 0, 0};
+    };
+    for (int row = slot; row < slot + rows; ++row) {
+      RowShared& shared = exchange_.rows[row];
+      constexpr int kCleared = (offsetof(RowShared, signature) - offsetof(RowShared, arrived)) / sizeof(uint32_t);
+      if (keys == 0) clear(shared.counts, kDigits);
+      clear(shared.arrived, kCleared);
+      clear(exchange_.buffers[row].keys(), keys);
+      clear(exchange_.partials + static_cast<int64_t>(row) * exchange_.partial_words, partials);
     }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      for (int row = 0; row < rows; ++row) {
-        ptx::store_release(&exchange_.rows[slot + row].signature, exchange_.signature);
+    __threadfence();
+    __syncwarp();
+    if (lane < rows) ptx::store_release(&exchange_.rows[slot + lane].signature, exchange_.signature);
+  }
+
+  /// Before a rank's first access to what `prepare` makes ready; a block barrier must follow.
+  __device__ void await_prepared(int slot, int rows) {
+    if (threadIdx.x >= rows) return;
+    while (ptx::load_acquire(&exchange_.rows[slot + threadIdx.x].signature) != exchange_.signature) {
+    }
+    __threadfence();
+  }
+
+  /// Gives a short row's other ranks the keys of this part, which are those of the row from `first` on.
+  __device__ void publish_keys(const RowPart& part, int first) {
+    uint32_t* words = exchange_.buffers[part.slot].keys() + first;
+    for (int i = 4 * threadIdx.x; i < part.count; i += 4 * kThreads) {
+      const uint4 keys = *reinterpret_cast<const uint4*>(part.keys + i);
+      ptx::store_relaxed(
+          reinterpret_cast<uint4*>(words + i),
+          uint4{written_key(keys.x), written_key(keys.y), written_key(keys.z), written_key(keys.w)});
+    }
+  }
+
+  /// Collects all `count` keys of a short row in `all`, among them this part's, from `first` on. The histogram is that
+  /// of this part (`is_counted`) or empty before, and that of the row afterwards. A block barrier must precede and
+  /// follow.
+  __device__ void collect_keys(const RowPart& part, int first, int count, bool is_counted, uint32_t* all) {
+    const uint32_t* words = exchange_.buffers[part.slot].keys();
+    for (int i = 4 * threadIdx.x; i < count; i += 4 * kThreads) {
+      const bool is_own = i >= first && i < first + part.count;
+      uint4 keys;
+      if (is_own) {
+        keys = *reinterpret_cast<const uint4*>(part.keys + i - first);
+      } else {
+        keys = wait_for_words(words + i);
+        keys = {read_key(keys.x), read_key(keys.y), read_key(keys.z), read_key(keys.w)};
       }
+      *reinterpret_cast<uint4*>(all + i) = keys;
+      if (is_own && is_counted) continue;
+      this->count(keys.x);
+      this->count(keys.y);
+      this->count(keys.z);
+      this->count(keys.w);
     }
+  }
+
+  /// One thread of each rank that needs nothing of the row's exchange any more.
+  __device__ void leave(const RowPart& part) {
+    RowShared& shared = exchange_.rows[part.slot];
+    if (atomicAdd(&shared.finished, 1u) == static_cast<uint32_t>(part.ranks) - 1) shared.signature = 0;
   }
 
   /// Enters a part of a row with several ranks, whose keys have been counted, into the exchange for the row's k best.
@@ -231,9 +307,6 @@ class RowSelection {
       part.level = 0;
       part.active = true;
       part.is_narrow = false;
-      while (ptx::load_acquire(&exchange_.rows[part.slot].signature) != exchange_.signature) {
-      }
-      __threadfence();
     }
     __syncthreads();
     add_counts(part, 0);
@@ -252,8 +325,7 @@ class RowSelection {
       __syncthreads();
       if (threadIdx.x == 0) {
         part.active = false;
-        RowShared& shared = exchange_.rows[part.slot];
-        if (atomicAdd(&shared.finished, 1u) == static_cast<uint32_t>(part.ranks) - 1) shared.signature = 0;
+        leave(part);
       }
       __syncthreads();
       return;
@@ -397,7 +469,7 @@ class RowSelection {
   /// The histogram of a level. Three take turns: rank 0 clears that of the next level before it arrives at a level,
   /// when all ranks have done with that of two levels ago.
   __device__ uint32_t* counts_of(const RowPart& part, int level) const {
-    return level % 3 == 0 ? exchange_.rows[part.slot].counts : exchange_.more_counts[part.slot][level % 3 - 1];
+    return level % 3 == 0 ? exchange_.rows[part.slot].counts : exchange_.buffers[part.slot].more_counts[level % 3 - 1];
   }
 
   __device__ void clear_counts(const RowPart& part, int level) {
@@ -452,7 +524,7 @@ class RowSelection {
       shared_.list_start = shared_.listed > 0 ? atomicAdd(&exchange_.rows[part.slot].listed, shared_.listed) : 0;
     }
     __syncthreads();
-    uint64_t* list = exchange_.lists[part.slot] + shared_.list_start;
+    uint64_t* list = exchange_.buffers[part.slot].list + shared_.list_start;
     for (int i = threadIdx.x; i < shared_.listed; i += kThreads) list[i] = list_[i];
   }
 
@@ -467,7 +539,7 @@ class RowSelection {
   __device__ void finish_shared(const RowPart& part) {
     const KeyRange range = part.range;
     if (!range.is_tied()) {
-      for (int i = threadIdx.x; i < range.inside; i += kThreads) list_[i] = __ldcg(exchange_.lists[part.slot] + i);
+      for (int i = threadIdx.x; i < range.inside; i += kThreads) list_[i] = __ldcg(exchange_.buffers[part.slot].list + i);
     }
     const uint32_t above = earlier_ranks(part, 0), inside = range.is_tied() ? earlier_ranks(part, 1) : 0;
     __syncthreads();

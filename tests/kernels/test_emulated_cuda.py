@@ -17,7 +17,7 @@ from .cases import make_case, random_heads
 
 NO_BOUND = 2**31 - 1
 UNTOUCHED = -7
-DEFAULT_VARIANT, COOPERATIVE, SAME_SIGNATURE = 7, 1, 8
+DEFAULT_VARIANT, COOPERATIVE, SAME_SIGNATURE = 55, 1, 8
 
 
 def decode_select(operators, case, heads, k, visible_from=0, visible_to=NO_BOUND, workspace=None):
@@ -28,7 +28,7 @@ def decode_select(operators, case, heads, k, visible_from=0, visible_to=NO_BOUND
     rows = case.rows
     operators.decode_select(
         case.q, case.gates, heads, case.index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, k,
-        out, visible_from, visible_to, workspace, False,
+        out, visible_from, visible_to, workspace,
     )  # fmt: skip
     assert (out[:, k:] == UNTOUCHED).all()
     return out[:, :k]
@@ -163,25 +163,44 @@ def test_a_replayed_launch_finds_the_workspace_of_the_last_one(operators):
         operators.decode_variant(DEFAULT_VARIANT)
 
 
-@pytest.mark.parametrize("variant", [DEFAULT_VARIANT, DEFAULT_VARIANT & ~COOPERATIVE])
-def test_selection_that_starts_before_routing_has_ended(operators, emulated_cuda, variant):
-    """The same tokens as one after the other, whatever the order of events."""
-    case = in_order(make_case([[12_000], [5000, 5001], [700], [1500], [0]], 32, seed=4, exact=True))
-    heads = emulated_cuda.route_heads(case.q, case.gates, case.index_cache, case.rows, 8, 256)
-    want = torch.full((len(case), 512), UNTOUCHED, dtype=torch.int32)
-    emulated_cuda.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, 512, want, visible_from=513)
-    operators.decode_variant(variant)
-    try:
-        for multiprocessors in (2, 7, 20):
-            operators.configure(multiprocessors, seed=multiprocessors)
-            out = torch.full_like(want, UNTOUCHED)
-            with operators.stream():
-                emulated_cuda.route_and_select(
-                    case.q, case.gates, case.index_cache, case.rows, 8, 256, 512, out, visible_from=513
-                )
-            assert torch.equal(out, want)
-    finally:
-        operators.decode_variant(DEFAULT_VARIANT)
+def assert_routes_and_selects(kernels, case, k, pool_block, active_heads=8, want=None, **bounds):
+    """One launch gives the heads and tokens of the two kernels that it replaces, to the bit; returns the tokens."""
+    operators = kernels._EXTENSION.operators
+    out = torch.full((len(case), k + 3), UNTOUCHED, dtype=torch.int32)
+    routed = torch.full((len(case), active_heads), UNTOUCHED, dtype=torch.int32)
+    operators_before = operators.launches
+    args = (case.q, case.gates, case.index_cache, case.rows, active_heads, pool_block)
+    kernels.route_and_select(*args, k, out, routed=routed, **bounds)
+    assert operators.launches == operators_before + 1
+    assert (out[:, k:] == UNTOUCHED).all()
+    heads = kernels.route_heads(*args)
+    scored = (case.rows.visible > k) & (case.rows.visible >= bounds.get("visible_from", 0))
+    assert torch.equal(routed, heads.masked_fill(~scored.unsqueeze(1), UNTOUCHED))
+    want = torch.full((len(case), k), UNTOUCHED, dtype=torch.int32)
+    reference.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, k, want, **bounds)
+    torch.testing.assert_close(out[:, :k], want, rtol=0, atol=0)
+    return out[:, :k]
+
+
+BLOCK_BORDERS = [[8192], [8191], [8256], [16384 + 64], [4096], [1024], [1023], [0], [600]]
+
+
+@pytest.mark.parametrize("batch", range(1, 10))
+@pytest.mark.parametrize("pool_block", [64, 128, 1024])
+def test_routing_and_selection_in_one_launch(operators, emulated_cuda, pool_block, batch):
+    operators.configure(2 + 3 * batch, seed=batch)
+    case = in_order(make_case(BLOCK_BORDERS[:batch], [64, 32, 16][batch % 3], seed=batch, exact=True))
+    assert_routes_and_selects(emulated_cuda, case, 512, pool_block)
+
+
+@pytest.mark.parametrize("rows_each", [2, 3, 4])
+@pytest.mark.parametrize("multiprocessors", [3, 20])
+def test_routing_of_speculative_rows(operators, emulated_cuda, rows_each, multiprocessors):
+    """A request's rows see different numbers of complete blocks, of one segment and of several."""
+    operators.configure(multiprocessors, seed=rows_each)
+    lengths = [20_481, 9217, 4097, 1025, 700]
+    case = in_order(make_case([[n - i for i in range(rows_each)] for n in lengths], 64, seed=rows_each, exact=True))
+    assert_routes_and_selects(emulated_cuda, case, 600, 1024)
 
 
 @pytest.mark.parametrize("visible_from, visible_to", [(0, 2049), (65, 66), (2050, NO_BOUND)])

@@ -44,6 +44,13 @@ inline void store_release(uint64_t* pointer, uint64_t value) {
   emulator::maybe_switch();
   *pointer = value;
 }
+inline void prefetch_l2(const void*) {}
+inline uint4 load_relaxed(const uint4* pointer) { return load_acquire(pointer); }
+template <typename T>
+void store_relaxed(T* pointer, std::common_type_t<T> value) {
+  emulator::maybe_switch();
+  *pointer = value;
+}
 
 template <int kId, int kThreads>
 void named_barrier_sync() {
