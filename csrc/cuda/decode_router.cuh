@@ -18,15 +18,17 @@ __host__ __device__ constexpr int ceil_div(int value, int divisor) { return (val
 
 struct RouteSettings {
   int heads, active_heads, pool_block, segment_blocks;
-  int segments_at_once;  // that a CTA pools before it scores them
+  int pages_per_block, head_groups;        // of 16
+  int segments_at_once;                    // that a CTA pools before it scores them
+  int scales_offset, sums_offset;          // in the area, which begins with the ring and the tile
   int32_t* routed;       // [rows, active_heads], null: nobody asks for the heads
 };
 
-/// A CTA's part of what is routed: `rows` adjacent rows of one request.
-struct RoutePart {
-  const int32_t* pages;    // of the request
-  const int32_t* visible;  // of the rows
-  int rows, row, slot, rank, ranks;
+/// A CTA's part in what is scored together: adjacent rows of one request.
+struct RankOfRows {
+  int row, rows, request;
+  int rank, ranks;
+  int slot;  // of the first row in the exchange
 };
 
 /// A segment's sum as a word that is never 0.
@@ -40,10 +42,13 @@ class DecodeRouter {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kRingPages = 8 * kWarps;  // means in flight
 
-  /// Of the area that it takes in shared memory, while a row is routed and no longer.
-  static int area_bytes(int segments_at_once, int segment_blocks, int rows) {
-    return kRingPages * kMeanBytes +
-           segments_at_once * (segment_blocks * (kMeanRowBytes + 4) + rows * kMaxHeads * 4);
+  /// Lays out the area that it takes in shared memory, while a row is routed and no longer; returns its bytes.
+  static int lay_out(RouteSettings& settings, int segments_at_once, int rows) {
+    const int tile_blocks = segments_at_once * settings.segment_blocks;
+    settings.segments_at_once = segments_at_once;
+    settings.scales_offset = kRingPages * kMeanBytes + tile_blocks * kMeanRowBytes;
+    settings.sums_offset = settings.scales_offset + tile_blocks * 4;
+    return settings.sums_offset + segments_at_once * rows * kMaxHeads * 4;
   }
   /// More pages than this are not worth reading in every CTA to spare the wait for the others.
   static constexpr int kOwnPages = kSegmentTokens / kPageTokens;
@@ -54,44 +59,50 @@ class DecodeRouter {
   }
 
   __device__ DecodeRouter(
-      const RouteSettings& settings, const IndexCache& cache, const QueryHeads& queries, const Exchange& exchange,
-      char* area)
-      : settings_(settings), cache_(cache), queries_(queries), exchange_(exchange), ring_(area) {
+      const RouteSettings& settings, const IndexCache& cache, const Rows& rows, const QueryHeads& queries,
+      const Exchange& exchange, char* area)
+      : settings_(settings), cache_(cache), rows_(rows), queries_(queries), exchange_(exchange), ring_(area) {
     tile_ = ring_ + kRingPages * kMeanBytes;
-    const int tile_blocks = settings.segments_at_once * settings.segment_blocks;
-    scales_ = reinterpret_cast<float*>(tile_ + tile_blocks * kMeanRowBytes);
-    sums_ = scales_ + tile_blocks;
+    scales_ = reinterpret_cast<float*>(ring_ + settings.scales_offset);
+    sums_ = reinterpret_cast<float*>(ring_ + settings.sums_offset);
   }
 
   /// Writes the routed heads of row r, ascending, to heads[r * heads_stride]. Block barriers must precede and follow. All
-  /// threads call await() once, before the part's slots in the exchange are touched.
+  /// threads call await() once, when the first means are under way and before the part's slots in the exchange are
+  /// touched.
   template <typename Await>
-  __device__ void route(const RoutePart& part, int32_t* heads, int heads_stride, Await await) {
+  __device__ void route(const RankOfRows& part, int32_t* heads, int heads_stride, Await await) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int segment_blocks = settings_.segment_blocks, pages_per_block = settings_.pool_block / kPageTokens;
-    const QueryHeads queries = queries_.from_row(part.row);
-    int most_blocks = 0;
-    for (int row = 0; row < part.rows; ++row) most_blocks = max(most_blocks, blocks_of(part, row));
+    const int segment_blocks = settings_.segment_blocks, pages_per_block = settings_.pages_per_block;
+    // what can be computed ahead of a row stays in registers while the row is scored, for which they do not suffice
+    const int pool_block = ptx::opaque(settings_.pool_block), groups = ptx::opaque(settings_.head_groups);
+    const int tasks = groups * part.rows, my_row = warp % tasks / groups, first_head = warp % groups * 16;
+    int most_blocks = 0, my_blocks = 0;
+    for (int row = 0; row < part.rows; ++row) {
+      const int blocks = rows_.visible[part.row + row] / pool_block;
+      most_blocks = max(most_blocks, blocks);
+      if (row == my_row) my_blocks = blocks;
+    }
     const int segments = ceil_div(most_blocks, segment_blocks);
     const bool shares = part.ranks > 1 && most_blocks * pages_per_block > kOwnPages;
     const int first_segment = shares ? part.rank * segments / part.ranks : 0;
     const int last_segment = shares ? (part.rank + 1) * segments / part.ranks : segments;
 
     // a warp's heads: a group of 16 of one row, of every step-th segment
-    const int groups = ceil_div(settings_.heads, 16), tasks = groups * part.rows;
-    const int step = kWarps / tasks, my_row = warp % tasks / groups, first_head = warp % groups * 16;
+    const int step = kWarps / tasks;
     const int my_first = warp / tasks < step ? warp / tasks : settings_.segments_at_once;
     for (int i = threadIdx.x; i < part.rows * settings_.heads; i += kThreads) {  // the queries are needed in a while
-      ptx::prefetch_l2(queries.query + i / settings_.heads * queries.row_stride +
-                       i % settings_.heads * queries.head_stride);
+      ptx::prefetch_l2(query_of(part, i / settings_.heads) + i % settings_.heads * queries_.head_stride);
     }
 
     float total = 0.0f;  // of row threadIdx.x / kMaxHeads and head threadIdx.x % kMaxHeads
-    if (first_segment < last_segment) {
-      const int at_once = min(settings_.segments_at_once, last_segment - first_segment);
-      MeanStream means(*this, part.pages, first_segment * segment_blocks, at_once * segment_blocks,
-                       min(last_segment * segment_blocks, most_blocks), pages_per_block);
+    {
+      const int at_once = max(1, min(settings_.segments_at_once, last_segment - first_segment));
+      MeanStream means(
+          *this, rows_.block_table + part.request * rows_.table_stride, first_segment * segment_blocks,
+          at_once * segment_blocks, min(last_segment * segment_blocks, most_blocks), pages_per_block);
       await();
+      if (shares && first_segment == last_segment) __syncthreads();
 #pragma unroll 1
       for (int segment = first_segment; segment < last_segment; segment += at_once) {
         means.pool_batch();
@@ -101,9 +112,9 @@ class DecodeRouter {
         for (int i = my_first; i < count; i += step) {
           QueryFragment query[1];
           convert_query(query[0], load_query(
-              queries.query + my_row * queries.row_stride, queries.head_stride, first_head, settings_.heads));
+              query_of(part, my_row), queries_.head_stride, first_head, settings_.heads));
           float sum[1][2] = {}, result[1][2];
-          const int blocks = min(segment_blocks, blocks_of(part, my_row) - (segment + i) * segment_blocks);
+          const int blocks = min(segment_blocks, my_blocks - (segment + i) * segment_blocks);
 #pragma unroll 1
           for (int column = 0; column < blocks; column += kColumns) {
             score_columns(
@@ -130,9 +141,6 @@ class DecodeRouter {
           for (int i = 0; i < count; ++i) total += sums_[i * part.rows * kMaxHeads + threadIdx.x];
         }
       }
-    } else {
-      await();
-      __syncthreads();
     }
     if (shares) {
       auto* gathered = reinterpret_cast<uint32_t*>(ring_);
@@ -155,12 +163,12 @@ class DecodeRouter {
 
     const int head = threadIdx.x % kMaxHeads, row = threadIdx.x / kMaxHeads;
     if (row < part.rows && head < settings_.heads) {
-      sums_[threadIdx.x] = fabsf(queries.gates[row * queries.gates_stride + head]) * total;
+      sums_[threadIdx.x] = fabsf(queries_.gates[(part.row + row) * queries_.gates_stride + head]) * total;
     }
     __syncthreads();
     if (warp < part.rows) {
       int32_t* out = heads + warp * heads_stride;
-      if (blocks_of(part, warp) > 0) {
+      if (rows_.visible[part.row + warp] >= settings_.pool_block) {
         write_top_heads(sums_ + warp * kMaxHeads, settings_.heads, settings_.active_heads, out);
       } else {  // no score was summed
         for (int i = lane; i < settings_.active_heads; i += 32) out[i] = i;
@@ -176,13 +184,16 @@ class DecodeRouter {
  private:
   const RouteSettings& settings_;
   const IndexCache& cache_;
+  const Rows& rows_;
   const QueryHeads& queries_;
   const Exchange& exchange_;
   char *ring_, *tile_;
   float *scales_, *sums_;
 
-  __device__ int blocks_of(const RoutePart& part, int row) const { return part.visible[row] / settings_.pool_block; }
-  __device__ uint32_t* partials_of(const RoutePart& part, int row) const {
+  __device__ const uint8_t* query_of(const RankOfRows& part, int row) const {
+    return queries_.query + (part.row + row) * queries_.row_stride;
+  }
+  __device__ uint32_t* partials_of(const RankOfRows& part, int row) const {
     return exchange_.partials + static_cast<int64_t>(part.slot + row) * exchange_.partial_words;
   }
 

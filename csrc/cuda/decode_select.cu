@@ -28,10 +28,11 @@ constexpr int kMaxRows = 1024;
 constexpr int kFewestPages = 8;  // of a chunk: two for each warpgroup
 constexpr int kKeyTileBytes = kPageTokens * kHeadDim;
 constexpr int kScaleTileBytes = kPageTokens * 4;
-constexpr int kStageBytes = kKeyTileBytes + kScaleTileBytes + 8;  // keys, scales, barrier
+constexpr int kStageBytes = kKeyTileBytes + kScaleTileBytes + 8 + 4;  // keys, scales, barrier, first page
 constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr int kStaticSharedBytes = 1024;  // what the kernel declares itself
 constexpr int kScratchWords = 2 * kListedKeys;
+constexpr int kPooledBlocks = 64;  // at a time, where a segment has no more
 constexpr int kMoreKept = 512;  // keys besides the k best that a single row keeps after a round: no exact cut is needed
 
 using Selection = RowSelection<kThreads>;
@@ -63,11 +64,9 @@ struct Item {
 };
 
 /// A CTA's part of an item. `begin`: the CTA's pages before it.
-struct Chunk {
-  int row, rows, request;
+struct Chunk : RankOfRows {
   int first_page, pages, begin;
-  int first_chunk, rank, ranks;
-  int slot;  // of its first row in the exchange
+  int first_chunk;
   int item_pages;
   bool is_short;  // the ranks exchange keys
 };
@@ -162,10 +161,9 @@ __device__ __forceinline__ void find_chunks(
       const bool is_short = args.exchanges_keys && ranks > 1 && keys <= kExchangedKeys &&
                             keys + (ceil_div(item.pages, ranks) * item.rows) * kPageTokens <= args.pool_words;
       chunks[(first + rank) / ctas] = {
-          item.row, item.rows, request[item.row], first_page, (rank + 1) * item.pages / ranks - first_page, 0, first,
-          rank, ranks,
-          args.row_is_slot ? item.row : kRowsPerItem * (split_before + __popc(split & ((1u << lane) - 1))),
-          item.pages, is_short};
+          {item.row, item.rows, request[item.row], rank, ranks,
+           args.row_is_slot ? item.row : kRowsPerItem * (split_before + __popc(split & ((1u << lane) - 1)))},
+          first_page, (rank + 1) * item.pages / ranks - first_page, 0, first, item.pages, is_short};
     }
     before += __shfl_sync(~0u, inclusive, 31);
     split_before += __popc(split);
@@ -199,7 +197,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
   auto& selection_shared = *reinterpret_cast<Selection::Shared*>(pool + args.pool_words);
   auto* full = reinterpret_cast<uint64_t*>(&selection_shared + 1);
   auto* routed_heads = reinterpret_cast<int32_t*>(full + stages);
-  auto* chunks = reinterpret_cast<Chunk*>(routed_heads + Layout::kRows * kHeads);
+  int* first_ids = routed_heads + Layout::kRows * kHeads;  // each read by the thread that wrote it
+  auto* chunks = reinterpret_cast<Chunk*>(first_ids + stages);
 
   ptx::wait_for_previous_kernel();
   {
@@ -246,9 +245,14 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         scale_tiles + stage * kScaleTileBytes, args.cache.page(id) + kScalesOffset, kScaleTileBytes, &full[stage]);
   };
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-  if (thread < stages / kWarpgroups) {
+  const auto for_first_pages = [&](auto visit) {
     const int page = thread * kWarpgroups + warpgroup;
-    if (page < page_count) load_page(page, id_of(page));
+    if (thread < stages / kWarpgroups && page < page_count) visit(page);
+  };
+  if constexpr (kRoutes) {
+    for_first_pages([&](int page) { first_ids[page] = id_of(page); });
+  } else {
+    for_first_pages([&](int page) { load_page(page, id_of(page)); });
   }
   int page = warpgroup, stage = warpgroup;
   uint32_t parity = 0;
@@ -269,17 +273,19 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
   const int row_of_lane = Layout::row_of_lane();
   for (int number = 0; number < chunk_count; ++number) {
     const Chunk& chunk = chunks[number];  // not a copy: registers are short
+    const auto rows = [&] { return Layout::kRows == 1 ? 1 : chunk.rows; };
     const int pages_before = chunk.first_page - chunk.begin;  // of the row, before the CTA's page 0
     QueryHeads queries = args.queries.from_row(chunk.row);
     const auto await = [&] {
-      if (chunk.ranks > 1) selection.await_prepared(chunk.slot, chunk.rows);
+      if (kRoutes && number == 0) {  // after the first means, as they are needed first
+        for_first_pages([&](int page) { load_page(page, first_ids[page]); });
+      }
+      if (chunk.ranks > 1) selection.await_prepared(chunk.slot, rows());
     };
     if constexpr (kRoutes) {
-      Router router(args.route, args.cache, args.queries, args.exchange, reinterpret_cast<char*>(scratch));
-      const RoutePart part = {
-          args.rows.block_table + chunk.request * args.rows.table_stride, args.rows.visible + chunk.row, chunk.rows,
-          chunk.row, chunk.slot, chunk.rank, chunk.ranks};
-      router.route(part, routed_heads, kHeads, await);
+      Router router(
+          args.route, args.cache, args.rows, args.queries, args.exchange, reinterpret_cast<char*>(scratch));
+      router.route(chunk, routed_heads, kHeads, await);
       queries.heads = routed_heads;
       queries.heads_stride = kHeads;
       queries.count = args.route.active_heads;
@@ -287,19 +293,19 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     } else {
       await();
     }
-    store_query<kHeads>(query, queries, chunk.rows);
-    const bool has_result = Layout::has_result(chunk.rows);
+    store_query<kHeads>(query, queries, rows());
+    const bool has_result = Layout::has_result(rows());
     const int visible = has_result ? args.rows.visible[chunk.row + row_of_lane] : 0;
 
     // each row's part of the pool: the positions of the keys kept from earlier rounds, then keys
-    const bool counts = chunk.rows == 1;
+    const bool counts = rows() == 1;
     const int best_kept = (k + 3) / 4 * 4, most_kept = best_kept + (counts ? kMoreKept : 0);
-    const bool fits = chunk.pages * kPageTokens <= args.pool_words / chunk.rows / kPageTokens * kPageTokens;
+    const bool fits = chunk.pages * kPageTokens <= args.pool_words / rows() / kPageTokens * kPageTokens;
     const int next_words = fits || 2 * best_kept <= kScratchWords ? 0 : 2 * best_kept;
     uint32_t* next_keys = next_words == 0 ? scratch : pool + args.pool_words - next_words;
     uint32_t* next_positions = next_keys + best_kept;
     const int row_words = chunk.is_short ? chunk.pages * kPageTokens
-                                         : (args.pool_words - next_words) / chunk.rows / kPageTokens * kPageTokens;
+                                         : (args.pool_words - next_words) / rows() / kPageTokens * kPageTokens;
     const int kept_words = fits ? 0 : most_kept;
     const int capacity = (row_words - kept_words) / kPageTokens * kPageTokens;
     const auto positions_of = [&](int row) { return pool + row * row_words; };
@@ -313,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     for (int round_first = chunk.begin;;) {
       const int round_last = min(end, round_first + (capacity - held) / kPageTokens);
       float gate[Layout::kHeadsPerLane];  // anew in every round, as a selection needs the registers
-      load_gates<kHeads>(gate, queries, chunk.rows);
+      load_gates<kHeads>(gate, queries, rows());
       for (; page < round_last; page += kWarpgroups) {
         const auto* scales = reinterpret_cast<const float*>(scale_tiles + stage * kScaleTileBytes);
         float d[Layout::kColumns / 2];
@@ -350,7 +356,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       const int filled = held + (round_last - round_first) * kPageTokens;
       const int padded = (filled + 3) / 4 * 4;
       const int first_position = (round_first + pages_before) * kPageTokens;
-      if (threadIdx.x < chunk.rows) {
+      if (threadIdx.x < rows()) {
         RowPart& part = parts[threadIdx.x];
         uint32_t* keys = keys_of(threadIdx.x);
         for (int i = filled; i < padded; ++i) keys[i] = 0;
@@ -367,9 +373,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         part.row_in_item = threadIdx.x;
       }
       __syncthreads();
-      if (round_last == end) break;
+      const bool is_last = round_last == end;
       const int next_position = first_position + filled - held;  // what no key has, and none is behind it
-      if (counts && args.drops_low) {
+      if (!is_last && counts && args.drops_low) {
         const int kept = selection.drop_low(parts[0], k, most_kept, keys_of(0), positions_of(0));
         if (kept <= most_kept) {
           for (int i = kept + threadIdx.x; i < most_kept; i += kThreads) {
@@ -382,14 +388,45 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
           continue;
         }
       }
-      for (int row = 0; row < chunk.rows; ++row) {
+      const bool enters = is_last && chunk.ranks > 1 && !chunk.is_short;
+      if (chunk.is_short) {
+        for (int row = 0; row < rows(); ++row) selection.publish_keys(parts[row], first_position);
+      }
+      for (int row = 0; row < rows(); ++row) {
         RowPart& part = parts[row];
-        if (!counts) selection.count_all(part);
+        if (chunk.is_short) {
+          if (!counts) {
+            selection.clear();
+            __syncthreads();
+          }
+          const int all = chunk.item_pages * kPageTokens;
+          uint32_t* all_keys = pool + rows() * row_words;
+          selection.collect_keys(part, first_position, all, counts, all_keys);
+          __syncthreads();
+          if (threadIdx.x == 0) {
+            selection.leave(part);
+            part.keys = all_keys;
+            part.count = all;
+            part.later_offset = 0;
+          }
+        } else if (!counts) {
+          selection.count_all(part);
+          __syncthreads();
+        }
+        if (enters) {
+          selection.enter(part, k);
+          continue;
+        }
+        // of a row whose keys have been collected, this rank writes what it scored
+        const int first = chunk.is_short ? first_position : 0;
+        const uint32_t own = chunk.is_short ? row_words : ~0u;
         const int selected = selection.select(part, k, [&](int place, int i) {
-          next_keys[place] = part.keys[i];
-          next_positions[place] = part.position(i);
+          if (static_cast<uint32_t>(i - first) >= own) return;
+          (is_last ? reinterpret_cast<uint32_t*>(part.out) : next_positions)[place] = part.position(i);
+          if (!is_last) next_keys[place] = part.keys[i];
         });
         __syncthreads();
+        if (is_last) continue;
         for (int i = threadIdx.x; i < most_kept; i += kThreads) {
           const bool is_key = i < selected;
           keys_of(row)[i] = is_key ? next_keys[i] : 0;
@@ -402,59 +439,17 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         }
         __syncthreads();
       }
-      held = most_kept;
-      round_first = round_last;
-    }
-
-    if (chunk.is_short) {
-      const int first = chunk.first_page * kPageTokens, keys = chunk.item_pages * kPageTokens;
-      uint32_t* all_keys = pool + chunk.rows * row_words;
-      for (int row = 0; row < chunk.rows; ++row) selection.publish_keys(parts[row], first);
-      for (int row = 0; row < chunk.rows; ++row) {
-        RowPart& part = parts[row];
-        if (!counts) {
-          selection.clear();
-          __syncthreads();
-        }
-        selection.collect_keys(part, first, keys, counts, all_keys);
-        __syncthreads();
-        if (threadIdx.x == 0) {
-          selection.leave(part);
-          part.keys = all_keys;
-          part.count = keys;
-          part.later_offset = 0;
-        }
-        int32_t* out = part.out;
-        const uint32_t own_keys = row_words;
-        selection.select(part, k, [&](int place, int i) {
-          if (static_cast<uint32_t>(i - first) < own_keys) out[place] = i;
-        });
-        __syncthreads();
-      }
-    } else if (chunk.ranks == 1) {
-      for (int row = 0; row < chunk.rows; ++row) {
-        RowPart& part = parts[row];
-        if (!counts) selection.count_all(part);
-        int32_t* out = part.out;
-        selection.select(part, k, [&](int place, int i) { out[place] = static_cast<int32_t>(part.position(i)); });
-        __syncthreads();
-      }
-    } else {
-      for (int row = 0; row < chunk.rows; ++row) {
-        if (!counts) {
-          selection.count_all(parts[row]);
-          __syncthreads();
-        }
-        selection.enter(parts[row], k);
-      }
-      for (bool any = true; any;) {
+      for (bool any = enters; any;) {
         any = false;
-        for (int row = 0; row < chunk.rows; ++row) {
+        for (int row = 0; row < rows(); ++row) {
           if (!parts[row].active) continue;
           selection.advance(parts[row]);
           any = true;
         }
       }
+      if (is_last) break;
+      held = most_kept;
+      round_first = round_last;
     }
   }
 }
@@ -506,8 +501,8 @@ void launch(SelectArguments args, int requests, int max_visible, cudaStream_t st
     return (kMaxSharedBytes - fixed_bytes - stages * kStageBytes) / 4 / kPageTokens * kPageTokens;
   };
   const auto can_route = [&](int stages, int segments_at_once) {
-    const int bytes = 4 * (kScratchWords + pool_with(stages));
-    return !kRoutes || Router::area_bytes(segments_at_once, args.route.segment_blocks, Layout::kRows) <= bytes;
+    return !kRoutes || Router::lay_out(args.route, segments_at_once, Layout::kRows) <=
+                           4 * (kScratchWords + pool_with(stages));
   };
   // room for the kept keys of a chunk's rows, and for a fair number of new ones
   constexpr int kFewestNewKeys = 32 * kPageTokens;
@@ -534,10 +529,8 @@ void launch(SelectArguments args, int requests, int max_visible, cudaStream_t st
   while (args.stages > kWarpgroups && !suffices(args.stages)) args.stages -= kWarpgroups;
   STD_TORCH_CHECK(
       suffices(args.stages), "select_tokens: k = ", args.k, " is too large for this kernel, choose at most 8192");
-  args.route.segments_at_once = 8;
-  while (args.route.segments_at_once > 1 && !can_route(args.stages, args.route.segments_at_once)) {
-    --args.route.segments_at_once;
-  }
+  int segments_at_once = std::max(1, kPooledBlocks / std::max(1, args.route.segment_blocks));
+  while (!can_route(args.stages, segments_at_once)) --segments_at_once;
   args.rows_per_item = Layout::kRows;
   while (!can_hold(args.stages, args.rows_per_item)) --args.rows_per_item;
   args.pool_words = pool_with(args.stages);
@@ -669,6 +662,8 @@ void decode_route_select(
   args.route.active_heads = static_cast<int>(active_heads);
   args.route.pool_block = static_cast<int>(pool_block);
   args.route.segment_blocks = segment_blocks_of(args.route.pool_block);
+  args.route.pages_per_block = args.route.pool_block / kPageTokens;
+  args.route.head_groups = ceil_div(args.route.heads, 16);
   if (routed.has_value()) {
     check_tensor(*routed, "routed", ScalarType::Int, 2);
     STD_TORCH_CHECK(

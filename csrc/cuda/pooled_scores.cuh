@@ -169,14 +169,19 @@ __device__ __forceinline__ void write_top_heads(const float* scores, int heads, 
     const int head = lane + 32 * half;
     key[half] = head < heads ? order_key(scores[head]) : 0u;
   }
-  for (int other = 0; other < heads; ++other) {
-    const uint32_t rival = __shfl_sync(~0u, other < 32 ? key[0] : key[1], other % 32);
+  const auto compare = [&](int first, uint32_t rivals) {  // heads that do not exist have the smallest key
+#pragma unroll 4
+    for (int i = 0; i < 32; ++i) {
+      const uint32_t rival = __shfl_sync(~0u, rivals, i);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int head = lane + 32 * half;
-      rank[half] += rival > key[half] || (rival == key[half] && other < head);
+      for (int half = 0; half < 2; ++half) {
+        const int head = lane + 32 * half;
+        rank[half] += rival > key[half] || (rival == key[half] && first + i < head);
+      }
     }
-  }
+  };
+  compare(0, key[0]);
+  if (heads > 32) compare(32, key[1]);
   int written = 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -148,6 +148,7 @@ class RowSelection {
   __device__ void count_all(const RowPart& part) {
     clear();
     __syncthreads();
+#pragma unroll 1
     for (int i = 4 * threadIdx.x; i < part.count; i += 4 * kThreads) {
       const uint4 keys = *reinterpret_cast<const uint4*>(part.keys + i);
       count(keys.x);
@@ -173,6 +174,7 @@ class RowSelection {
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t placed = 0;
+#pragma unroll 1
     for (int base = 0; base < part.count; base += 4 * kThreads) {
       const int i = base + 4 * static_cast<int>(threadIdx.x);
       const uint4 four = i < part.count ? *reinterpret_cast<const uint4*>(part.keys + i) : uint4{0, 0, 0, 0};
@@ -237,6 +239,7 @@ class RowSelection {
     if (threadIdx.x / 32 != kWarps - 1) return;
     const int lane = threadIdx.x % 32;
     const auto clear = [&](uint32_t* words, int count) {
+#pragma unroll 1
       for (int i = 4 * lane; i < count; i += 128) *reinterpret_cast<uint4*>(words + i) = {0, 0, 0, 0};
     };
     for (int row = slot; row < slot + rows; ++row) {
@@ -263,6 +266,7 @@ class RowSelection {
   /// Gives a short row's other ranks the keys of this part, which are those of the row from `first` on.
   __device__ void publish_keys(const RowPart& part, int first) {
     uint32_t* words = exchange_.buffers[part.slot].keys() + first;
+#pragma unroll 1
     for (int i = 4 * threadIdx.x; i < part.count; i += 4 * kThreads) {
       const uint4 keys = *reinterpret_cast<const uint4*>(part.keys + i);
       ptx::store_relaxed(
@@ -276,6 +280,7 @@ class RowSelection {
   /// follow.
   __device__ void collect_keys(const RowPart& part, int first, int count, bool is_counted, uint32_t* all) {
     const uint32_t* words = exchange_.buffers[part.slot].keys();
+#pragma unroll 1
     for (int i = 4 * threadIdx.x; i < count; i += 4 * kThreads) {
       const bool is_own = i >= first && i < first + part.count;
       uint4 keys;
@@ -445,6 +450,7 @@ class RowSelection {
 
     const auto cut_key = static_cast<uint32_t>(cut >> 32);
     const uint32_t cut_position = position_of(cut), lower_lanes = (1u << lane) - 1;
+#pragma unroll 1
     for (int base = first; base < last; base += 128) {
       const int i = base + 4 * lane;
       const uint4 four = i < last ? *reinterpret_cast<const uint4*>(part.keys + i) : uint4{0, 0, 0, 0};

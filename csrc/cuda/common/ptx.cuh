@@ -195,6 +195,12 @@ __device__ __forceinline__ void store_relaxed(uint32_t* pointer, uint32_t value)
 
 // ---------------------------------------------------------------- registers
 
+// The value, of which the compiler computes nothing ahead of this place.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Changes the register limit of each thread of the warpgroup; the limits of a block's warpgroups sum to what it
 // was launched with.
 template <int kRegisters>
