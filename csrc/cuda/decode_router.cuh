@@ -74,26 +74,17 @@ class DecodeRouter {
   __device__ void route(const RankOfRows& part, int32_t* heads, int heads_stride, Await await) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int segment_blocks = settings_.segment_blocks, pages_per_block = settings_.pages_per_block;
-    // what can be computed ahead of a row stays in registers while the row is scored, for which they do not suffice
-    const int pool_block = ptx::opaque(settings_.pool_block), groups = ptx::opaque(settings_.head_groups);
-    const int tasks = groups * part.rows, my_row = warp % tasks / groups, first_head = warp % groups * 16;
-    int most_blocks = 0, my_blocks = 0;
+    int most_blocks = 0;
     for (int row = 0; row < part.rows; ++row) {
-      const int blocks = rows_.visible[part.row + row] / pool_block;
-      most_blocks = max(most_blocks, blocks);
-      if (row == my_row) my_blocks = blocks;
+      most_blocks = max(most_blocks, rows_.visible[part.row + row] / ptx::opaque(settings_.pool_block));
+      if (threadIdx.x < settings_.heads) {  // needed in a while
+        ptx::prefetch_l2(query_of(part, row) + threadIdx.x * queries_.head_stride);
+      }
     }
     const int segments = ceil_div(most_blocks, segment_blocks);
     const bool shares = part.ranks > 1 && most_blocks * pages_per_block > kOwnPages;
     const int first_segment = shares ? part.rank * segments / part.ranks : 0;
     const int last_segment = shares ? (part.rank + 1) * segments / part.ranks : segments;
-
-    // a warp's heads: a group of 16 of one row, of every step-th segment
-    const int step = kWarps / tasks;
-    const int my_first = warp / tasks < step ? warp / tasks : settings_.segments_at_once;
-    for (int i = threadIdx.x; i < part.rows * settings_.heads; i += kThreads) {  // the queries are needed in a while
-      ptx::prefetch_l2(query_of(part, i / settings_.heads) + i % settings_.heads * queries_.head_stride);
-    }
 
     float total = 0.0f;  // of row threadIdx.x / kMaxHeads and head threadIdx.x % kMaxHeads
     {
@@ -108,33 +99,7 @@ class DecodeRouter {
         means.pool_batch();
         __syncthreads();
         const int count = min(at_once, last_segment - segment);
-#pragma unroll 1
-        for (int i = my_first; i < count; i += step) {
-          QueryFragment query[1];
-          convert_query(query[0], load_query(
-              query_of(part, my_row), queries_.head_stride, first_head, settings_.heads));
-          float sum[1][2] = {}, result[1][2];
-          const int blocks = min(segment_blocks, my_blocks - (segment + i) * segment_blocks);
-#pragma unroll 1
-          for (int column = 0; column < blocks; column += kColumns) {
-            score_columns(
-                sum, query, tile_ + i * segment_blocks * kMeanRowBytes, scales_ + i * segment_blocks, column,
-                blocks - column);
-          }
-          take_segment(result, sum);
-          if (lane % 4 == 0) {
-            const int head = first_head + lane / 4;
-            if (shares) {
-              uint32_t* words = partials_of(part, my_row) + (segment + i) * kMaxHeads + head;
-              ptx::store_relaxed(words, written_sum(result[0][0]));
-              ptx::store_relaxed(words + 8, written_sum(result[0][1]));
-            } else {
-              float* sums = sums_ + (i * part.rows + my_row) * kMaxHeads + head;
-              sums[0] = result[0][0];
-              sums[8] = result[0][1];
-            }
-          }
-        }
+        score_segments(part, segment, count, shares);
         __syncthreads();
         if (!shares && threadIdx.x < part.rows * kMaxHeads) {
 #pragma unroll 1
@@ -144,6 +109,7 @@ class DecodeRouter {
     }
     if (shares) {
       auto* gathered = reinterpret_cast<uint32_t*>(ring_);
+      const int groups = settings_.head_groups;
       const int row_words = 16 * groups, at_once = kRingPages * kMeanBytes / 4 / (part.rows * kMaxHeads);
       for (int segment = 0; segment < segments; segment += at_once) {
         const int count = min(at_once, segments - segment);
@@ -195,6 +161,41 @@ class DecodeRouter {
   }
   __device__ uint32_t* partials_of(const RankOfRows& part, int row) const {
     return exchange_.partials + static_cast<int64_t>(part.slot + row) * exchange_.partial_words;
+  }
+
+  /// Sums `count` segments from `first` on, whose means are in the tile, for all heads of all rows.
+  __device__ void score_segments(const RankOfRows& part, int first, int count, bool shares) {
+    // a warp takes a group of 16 heads of one row, and of the segments every step-th
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, segment_blocks = settings_.segment_blocks;
+    const int groups = ptx::opaque(settings_.head_groups), tasks = groups * part.rows, step = kWarps / tasks;
+    const int row = warp % tasks / groups, first_head = warp % groups * 16;
+    if (warp / tasks >= step) return;
+    const int row_blocks = rows_.visible[part.row + row] / ptx::opaque(settings_.pool_block);
+#pragma unroll 1
+    for (int i = warp / tasks; i < count; i += step) {
+      QueryFragment query[1];
+      convert_query(query[0], load_query(query_of(part, row), queries_.head_stride, first_head, settings_.heads));
+      float sum[1][2] = {}, result[1][2];
+      const int blocks = min(segment_blocks, row_blocks - (first + i) * segment_blocks);
+#pragma unroll 1
+      for (int column = 0; column < blocks; column += kColumns) {
+        score_columns(
+            sum, query, tile_ + i * segment_blocks * kMeanRowBytes, scales_ + i * segment_blocks, column,
+            blocks - column);
+      }
+      take_segment(result, sum);
+      if (lane % 4 != 0) continue;
+      const int head = first_head + lane / 4;
+      if (shares) {
+        uint32_t* words = partials_of(part, row) + (first + i) * kMaxHeads + head;
+        ptx::store_relaxed(words, written_sum(result[0][0]));
+        ptx::store_relaxed(words + 8, written_sum(result[0][1]));
+      } else {
+        float* sums = sums_ + (i * part.rows + row) * kMaxHeads + head;
+        sums[0] = result[0][0];
+        sums[8] = result[0][1];
+      }
+    }
   }
 
   /// A warp's pool blocks of one batch after the other: each lane fetches and reads its own 16 bytes of the pages'

@@ -28,9 +28,9 @@ constexpr int kMaxRows = 1024;
 constexpr int kFewestPages = 8;  // of a chunk: two for each warpgroup
 constexpr int kKeyTileBytes = kPageTokens * kHeadDim;
 constexpr int kScaleTileBytes = kPageTokens * 4;
-constexpr int kStageBytes = kKeyTileBytes + kScaleTileBytes + 8 + 4;  // keys, scales, barrier, first page
+constexpr int kTileAlignment = 1024;
+constexpr int kMostStages = 4 * kWarpgroups, kManyStages = 3 * kWarpgroups, kGoodStages = 2 * kWarpgroups;
 constexpr int kMaxSharedBytes = 227 * 1024;
-constexpr int kStaticSharedBytes = 1024;  // what the kernel declares itself
 constexpr int kScratchWords = 2 * kListedKeys;
 constexpr int kPooledBlocks = 64;  // at a time, where a segment has no more
 constexpr int kMoreKept = 512;  // keys besides the k best that a single row keeps after a round: no exact cut is needed
@@ -181,24 +181,33 @@ __device__ __forceinline__ void find_chunks(
   }
 }
 
+/// The block's shared memory begins with it; scratch, pool, tiles of keys and chunks follow.
+template <int kHeads>
+struct Fixed {
+  using Layout = HeadLayout<kHeads>;
+  alignas(kTileAlignment) char query[Layout::kQueryBytes];
+  char scale_tiles[kMostStages][kScaleTileBytes];
+  Selection::Shared selection;
+  alignas(8) uint64_t full[kMostStages];
+  int first_ids[kMostStages];  // each for the thread that wrote it
+  int32_t routed_heads[Layout::kRows * kHeads];
+  RowPart parts[Layout::kRows];
+  Plan plan;
+};
+
 template <int kHeads, bool kRoutes>
 __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     const __grid_constant__ CUtensorMap key_map, const __grid_constant__ SelectArguments args) {
   using Layout = HeadLayout<kHeads>;
   extern __shared__ __align__(1024) char shared[];
-  __shared__ Plan plan;
-  __shared__ RowPart parts[Layout::kRows];
+  auto& fixed = *reinterpret_cast<Fixed<kHeads>*>(shared);
+  Plan& plan = fixed.plan;
+  uint64_t* full = fixed.full;
   const int stages = args.stages, k = args.k;
-  char* key_tiles = shared;
-  char* query = key_tiles + stages * kKeyTileBytes;
-  char* scale_tiles = query + Layout::kQueryBytes;
-  auto* scratch = reinterpret_cast<uint32_t*>(scale_tiles + stages * kScaleTileBytes);
+  auto* scratch = reinterpret_cast<uint32_t*>(shared + sizeof(fixed));
   auto* pool = scratch + kScratchWords;
-  auto& selection_shared = *reinterpret_cast<Selection::Shared*>(pool + args.pool_words);
-  auto* full = reinterpret_cast<uint64_t*>(&selection_shared + 1);
-  auto* routed_heads = reinterpret_cast<int32_t*>(full + stages);
-  int* first_ids = routed_heads + Layout::kRows * kHeads;  // each read by the thread that wrote it
-  auto* chunks = reinterpret_cast<Chunk*>(first_ids + stages);
+  char* key_tiles = reinterpret_cast<char*>(pool + args.pool_words);
+  auto* chunks = reinterpret_cast<Chunk*>(key_tiles + stages * kKeyTileBytes);
 
   ptx::wait_for_previous_kernel();
   {
@@ -228,40 +237,33 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     }
     __syncthreads();
   }
-  const int page_count = plan.pages, chunk_count = plan.chunks;
-  if (chunk_count == 0) return;
+  if (plan.chunks == 0) return;
 
   // pages are numbered from this CTA's first; a warpgroup takes every kWarpgroups-th
-  int chunk_of_id = 0;
-  const auto id_of = [&](int page) {
-    while (page >= chunks[chunk_of_id].begin + chunks[chunk_of_id].pages) ++chunk_of_id;
-    const Chunk& chunk = chunks[chunk_of_id];
+  const auto id_of = [&](int page, const Chunk* from) {
+    while (page >= from->begin + from->pages) ++from;
+    const Chunk& chunk = *from;
     return args.rows.block_table[chunk.request * args.rows.table_stride + chunk.first_page + page - chunk.begin];
   };
   const auto load_page = [&](int stage, int id) {
     ptx::mbarrier_arrive_expect_tx(&full[stage], kKeyTileBytes + kScaleTileBytes);
     ptx::tma_load_3d(key_tiles + stage * kKeyTileBytes, &key_map, 0, 0, id, &full[stage]);
     ptx::bulk_load(
-        scale_tiles + stage * kScaleTileBytes, args.cache.page(id) + kScalesOffset, kScaleTileBytes, &full[stage]);
+        fixed.scale_tiles[stage], args.cache.page(id) + kScalesOffset, kScaleTileBytes, &full[stage]);
   };
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
   const auto for_first_pages = [&](auto visit) {
     const int page = thread * kWarpgroups + warpgroup;
-    if (thread < stages / kWarpgroups && page < page_count) visit(page);
+    if (thread < stages / kWarpgroups && page < plan.pages) visit(page);
   };
   if constexpr (kRoutes) {
-    for_first_pages([&](int page) { first_ids[page] = id_of(page); });
+    for_first_pages([&](int page) { fixed.first_ids[page] = id_of(page, chunks); });
   } else {
-    for_first_pages([&](int page) { load_page(page, id_of(page)); });
+    for_first_pages([&](int page) { load_page(page, id_of(page, chunks)); });
   }
-  int page = warpgroup, stage = warpgroup;
-  uint32_t parity = 0;
-  // the page that gets the stage which is read next; its id is fetched one page earlier than it is needed
-  int refill = thread == 0 ? warpgroup + stages : page_count;
-  int refill_id = refill < page_count ? id_of(refill) : 0;
 
-  Selection selection(args.exchange, selection_shared, reinterpret_cast<uint64_t*>(scratch));
-  for (int number = 0; number < chunk_count; ++number) {
+  Selection selection(args.exchange, fixed.selection, reinterpret_cast<uint64_t*>(scratch));
+  for (int number = 0; number < plan.chunks; ++number) {
     const Chunk& chunk = chunks[number];
     if (chunk.ranks > 1 && chunk.rank == 0) {
       const int keys = chunk.item_pages * kPageTokens;
@@ -271,29 +273,39 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
   }
   const int key_of_thread = thread / 32 * 16 + thread % 32 / 4;
   const int row_of_lane = Layout::row_of_lane();
-  for (int number = 0; number < chunk_count; ++number) {
+  for (int number = 0; number < plan.chunks; ++number) {
     const Chunk& chunk = chunks[number];  // not a copy: registers are short
     const auto rows = [&] { return Layout::kRows == 1 ? 1 : chunk.rows; };
-    const int pages_before = chunk.first_page - chunk.begin;  // of the row, before the CTA's page 0
-    QueryHeads queries = args.queries.from_row(chunk.row);
     const auto await = [&] {
       if (kRoutes && number == 0) {  // after the first means, as they are needed first
-        for_first_pages([&](int page) { load_page(page, first_ids[page]); });
+        for_first_pages([&](int page) { load_page(page, fixed.first_ids[page]); });
       }
       if (chunk.ranks > 1) selection.await_prepared(chunk.slot, rows());
     };
     if constexpr (kRoutes) {
       Router router(
           args.route, args.cache, args.rows, args.queries, args.exchange, reinterpret_cast<char*>(scratch));
-      router.route(chunk, routed_heads, kHeads, await);
-      queries.heads = routed_heads;
-      queries.heads_stride = kHeads;
-      queries.count = args.route.active_heads;
+      router.route(chunk, fixed.routed_heads, kHeads, await);
       __syncthreads();
     } else {
       await();
     }
-    store_query<kHeads>(query, queries, rows());
+    QueryHeads queries = args.queries.from_row(chunk.row);
+    if constexpr (kRoutes) {
+      queries.heads = fixed.routed_heads;
+      queries.heads_stride = kHeads;
+      queries.count = args.route.active_heads;
+    }
+    const int pages_before = chunk.first_page - chunk.begin;  // of the row, before the CTA's page 0
+    // the warpgroup's first page in the chunk
+    int page = chunk.begin + (warpgroup - chunk.begin & (kWarpgroups - 1));
+    int stage = page % stages;
+    uint32_t parity = page / stages & 1;
+    // the page that gets the stage which is read next; its id is fetched one page earlier than it is needed
+    const int page_count = plan.pages;
+    int refill = thread == 0 ? page + stages : page_count;
+    int refill_id = refill < page_count ? id_of(refill, &chunk) : 0;
+    store_query<kHeads>(fixed.query, queries, rows());
     const bool has_result = Layout::has_result(rows());
     const int visible = has_result ? args.rows.visible[chunk.row + row_of_lane] : 0;
 
@@ -321,10 +333,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       float gate[Layout::kHeadsPerLane];  // anew in every round, as a selection needs the registers
       load_gates<kHeads>(gate, queries, rows());
       for (; page < round_last; page += kWarpgroups) {
-        const auto* scales = reinterpret_cast<const float*>(scale_tiles + stage * kScaleTileBytes);
+        const auto* scales = reinterpret_cast<const float*>(fixed.scale_tiles[stage]);
         float d[Layout::kColumns / 2];
         ptx::mbarrier_wait(&full[stage], parity);
-        start_tile<kHeads>(d, key_tiles + stage * kKeyTileBytes, query);
+        start_tile<kHeads>(d, key_tiles + stage * kKeyTileBytes, fixed.query);
         const float scale[2] = {scales[key_of_thread], scales[key_of_thread + 8]};
         ptx::wgmma_wait<0>();
         ptx::pin_registers(d);
@@ -332,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         if (refill < page_count) {
           load_page(stage, refill_id);
           refill += kWarpgroups;
-          if (refill < page_count) refill_id = id_of(refill);
+          if (refill < page_count) refill_id = id_of(refill, &chunk);
         }
         stage += kWarpgroups;
         if (stage >= stages) {
@@ -357,7 +369,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       const int padded = (filled + 3) / 4 * 4;
       const int first_position = (round_first + pages_before) * kPageTokens;
       if (threadIdx.x < rows()) {
-        RowPart& part = parts[threadIdx.x];
+        RowPart& part = fixed.parts[threadIdx.x];
         uint32_t* keys = keys_of(threadIdx.x);
         for (int i = filled; i < padded; ++i) keys[i] = 0;
         part.keys = keys;
@@ -376,7 +388,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       const bool is_last = round_last == end;
       const int next_position = first_position + filled - held;  // what no key has, and none is behind it
       if (!is_last && counts && args.drops_low) {
-        const int kept = selection.drop_low(parts[0], k, most_kept, keys_of(0), positions_of(0));
+        const int kept = selection.drop_low(fixed.parts[0], k, most_kept, keys_of(0), positions_of(0));
         if (kept <= most_kept) {
           for (int i = kept + threadIdx.x; i < most_kept; i += kThreads) {
             keys_of(0)[i] = 0;
@@ -390,10 +402,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       }
       const bool enters = is_last && chunk.ranks > 1 && !chunk.is_short;
       if (chunk.is_short) {
-        for (int row = 0; row < rows(); ++row) selection.publish_keys(parts[row], first_position);
+        for (int row = 0; row < rows(); ++row) selection.publish_keys(fixed.parts[row], first_position);
       }
       for (int row = 0; row < rows(); ++row) {
-        RowPart& part = parts[row];
+        RowPart& part = fixed.parts[row];
         if (chunk.is_short) {
           if (!counts) {
             selection.clear();
@@ -442,8 +454,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       for (bool any = enters; any;) {
         any = false;
         for (int row = 0; row < rows(); ++row) {
-          if (!parts[row].active) continue;
-          selection.advance(parts[row]);
+          if (!fixed.parts[row].active) continue;
+          selection.advance(fixed.parts[row]);
           any = true;
         }
       }
@@ -494,11 +506,10 @@ void launch(SelectArguments args, int requests, int max_visible, cudaStream_t st
   const int64_t useful_ctas = static_cast<int64_t>(row_count) * ((row_pages + kFewestPages - 1) / kFewestPages);
   const int ctas = static_cast<int>(std::min<int64_t>(multiprocessors(), useful_ctas));
 
-  const int fixed_bytes = Layout::kQueryBytes + kScratchWords * 4 + static_cast<int>(sizeof(Selection::Shared)) +
-                          Layout::kRows * kHeads * 4 + (row_count / ctas + 2) * static_cast<int>(sizeof(Chunk)) +
-                          kStaticSharedBytes;
+  const int other_bytes = static_cast<int>(sizeof(Fixed<kHeads>)) + kScratchWords * 4 +
+                          (row_count / ctas + 2) * static_cast<int>(sizeof(Chunk));
   const auto pool_with = [&](int stages) {
-    return (kMaxSharedBytes - fixed_bytes - stages * kStageBytes) / 4 / kPageTokens * kPageTokens;
+    return (kMaxSharedBytes - other_bytes - stages * kKeyTileBytes) / kTileAlignment * kTileAlignment / 4;
   };
   const auto can_route = [&](int stages, int segments_at_once) {
     return !kRoutes || Router::lay_out(args.route, segments_at_once, Layout::kRows) <=
@@ -513,7 +524,6 @@ void launch(SelectArguments args, int requests, int max_visible, cudaStream_t st
     return (pool_with(stages) - next_words) / rows / kPageTokens * kPageTokens >= 2 * most_kept + kFewestNewKeys;
   };
   // As many stages as cover the latency of memory, unless with fewer the keys fit at once. More cover a wait, too.
-  constexpr int kMostStages = 4 * kWarpgroups, kManyStages = 3 * kWarpgroups, kGoodStages = 2 * kWarpgroups;
   const int likely_rows = std::min(Layout::kRows, (row_count + requests - 1) / requests);
   const int items = (row_count + likely_rows - 1) / likely_rows;
   const int likely_ranks = std::max(1, ctas / items);
@@ -536,12 +546,12 @@ void launch(SelectArguments args, int requests, int max_visible, cudaStream_t st
   args.pool_words = pool_with(args.stages);
 
   const auto kernel = decode_select_kernel<kHeads, kRoutes>;
-  const int shared_bytes = kMaxSharedBytes - kStaticSharedBytes;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "select_tokens");
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes), "select_tokens");
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(ctas);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes;
+  config.dynamicSmemBytes = kMaxSharedBytes;
   config.stream = stream;
   cudaLaunchAttribute attributes[2] = {};
   if (variant & kCooperative) {  // its CTAs wait for one another

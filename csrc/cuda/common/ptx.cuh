@@ -201,6 +201,12 @@ __device__ __forceinline__ int opaque(int value) {
   return value;
 }
 
+template <typename T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 // Changes the register limit of each thread of the warpgroup; the limits of a block's warpgroups sum to what it
 // was launched with.
 template <int kRegisters>

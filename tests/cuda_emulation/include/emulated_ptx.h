@@ -63,7 +63,10 @@ void named_barrier_arrive() {
 inline void cluster_arrive() { emulator::cluster_arrive(); }
 inline void cluster_wait() { emulator::cluster_wait(); }
 
-inline int opaque(int value) { return value; }
+template <typename T>
+T opaque(T value) {
+  return value;
+}
 template <int kRegisters>
 void set_more_registers() {}
 template <int kRegisters>
