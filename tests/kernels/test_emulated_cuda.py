@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from misa_vllm import reference
-from misa_vllm.index_cache import PAGE_TOKENS, scales_view
+from misa_vllm.index_cache import MEAN_OFFSET, PAGE_TOKENS, scales_view
 from misa_vllm.rows import QueryRows
 
 from .. import cuda_emulation
@@ -17,7 +17,7 @@ from .cases import make_case, random_heads
 
 NO_BOUND = 2**31 - 1
 UNTOUCHED = -7
-DEFAULT_VARIANT, COOPERATIVE, SAME_SIGNATURE = 55, 1, 8
+DEFAULT_VARIANT, COOPERATIVE, OVERLAPS, SAME_SIGNATURE, EXCHANGES_KEYS, MORE_STAGES = 53, 1, 2, 8, 16, 32
 
 
 def decode_select(operators, case, heads, k, visible_from=0, visible_to=NO_BOUND, workspace=None):
@@ -247,6 +247,44 @@ def test_a_replayed_route_finds_the_workspace_of_the_last_one(operators, emulate
                 200, out, 0, workspace, None,
             )  # fmt: skip
             assert torch.equal(out, want)
+    finally:
+        operators.decode_variant(DEFAULT_VARIANT)
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 7, 20])
+@pytest.mark.parametrize("variant", [DEFAULT_VARIANT | OVERLAPS, (DEFAULT_VARIANT | OVERLAPS) & ~COOPERATIVE])
+def test_routing_that_starts_before_the_page_means_are_there(operators, emulated_cuda, variant, multiprocessors):
+    case = in_order(make_case([[12_000], [5000, 5001], [700], [1500], [0]], 32, seed=4, exact=True))
+    rows = case.rows
+    heads = emulated_cuda.route_heads(case.q, case.gates, case.index_cache, rows, 8, 256)
+    want, out = torch.full((2, len(case), 512), UNTOUCHED, dtype=torch.int32)
+    emulated_cuda.select_tokens(case.q, case.gates, heads, case.index_cache, rows, 512, want, visible_from=513)
+    pages = [rows.block_table[r, : -(-n // PAGE_TOKENS)] for r, n in zip(rows.request, rows.visible)]
+    slots = torch.cat([p.long() * PAGE_TOKENS + PAGE_TOKENS - 1 for p in pages if len(p)]).unique()
+    slots = slots[~torch.isin(slots // PAGE_TOKENS, torch.stack([p[-1] for p in pages if len(p)]))]  # full pages
+    cache = case.index_cache.clone()
+    case.index_cache.view(torch.uint8)[slots // PAGE_TOKENS, MEAN_OFFSET:] = 0xFF
+    operators.decode_variant(variant)
+    operators.configure(multiprocessors, seed=multiprocessors)
+    try:
+        with operators.stream():
+            emulated_cuda.update_page_means(case.index_cache, slots)
+            emulated_cuda.route_and_select(
+                case.q, case.gates, case.index_cache, rows, 8, 256, 512, out, visible_from=513
+            )
+    finally:
+        operators.decode_variant(DEFAULT_VARIANT)
+    assert torch.equal(case.index_cache, cache)
+    assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("off", [EXCHANGES_KEYS, MORE_STAGES, EXCHANGES_KEYS | MORE_STAGES])
+def test_without_what_is_new(operators, emulated_cuda, off):
+    operators.decode_variant(DEFAULT_VARIANT & ~off)
+    operators.configure(12, seed=off)
+    try:
+        case = in_order(make_case([[9000], [4096], [2000, 2001]], 16, seed=off, exact=True))
+        assert_routes_and_selects(emulated_cuda, case, 600, 1024)
     finally:
         operators.decode_variant(DEFAULT_VARIANT)
 
