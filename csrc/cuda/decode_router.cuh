@@ -18,10 +18,10 @@ __host__ __device__ constexpr int ceil_div(int value, int divisor) { return (val
 
 struct RouteSettings {
   int heads, active_heads, pool_block, segment_blocks;
-  int pages_per_block, head_groups;        // of 16
-  int segments_at_once;                    // that a CTA pools before it scores them
-  int scales_offset, sums_offset;          // in the area, which begins with the ring and the tile
-  int32_t* routed;       // [rows, active_heads], null: nobody asks for the heads
+  int pages_per_block, head_groups;  // of 16
+  int segments_at_once;              // that a CTA pools before it scores them
+  int scales_offset, sums_offset;    // in the area, which begins with the ring and the tile
+  int32_t* routed;                   // [rows, active_heads], null: nobody asks for the heads
 };
 
 /// A CTA's part in what is scored together: adjacent rows of one request.
@@ -79,6 +79,7 @@ class DecodeRouter {
       most_blocks = max(most_blocks, rows_.visible[part.row + row] / ptx::opaque(settings_.pool_block));
       if (threadIdx.x < settings_.heads) {  // needed in a while
         ptx::prefetch_l2(query_of(part, row) + threadIdx.x * queries_.head_stride);
+        ptx::prefetch_l2(gates_of(part, row) + threadIdx.x);
       }
     }
     const int segments = ceil_div(most_blocks, segment_blocks);
@@ -109,17 +110,18 @@ class DecodeRouter {
     }
     if (shares) {
       auto* gathered = reinterpret_cast<uint32_t*>(ring_);
-      const int groups = settings_.head_groups;
-      const int row_words = 16 * groups, at_once = kRingPages * kMeanBytes / 4 / (part.rows * kMaxHeads);
+      const int summed_heads = 16 * settings_.head_groups;
+      const int at_once = kRingPages * kMeanBytes / 4 / (part.rows * kMaxHeads);
       for (int segment = 0; segment < segments; segment += at_once) {
         const int count = min(at_once, segments - segment);
-        for (int i = 4 * threadIdx.x; i < count * part.rows * row_words; i += 4 * kThreads) {
-          const int head = i % row_words, row = i / row_words % part.rows, number = i / row_words / part.rows;
-          *reinterpret_cast<uint4*>(gathered + (number * part.rows + row) * kMaxHeads + head) =
+        for (int i = 4 * threadIdx.x; i < count * part.rows * kMaxHeads; i += 4 * kThreads) {
+          const int head = i % kMaxHeads, row = i / kMaxHeads % part.rows, number = i / kMaxHeads / part.rows;
+          if (head >= summed_heads) continue;
+          *reinterpret_cast<uint4*>(gathered + i) =
               wait_for_words(partials_of(part, row) + (segment + number) * kMaxHeads + head);
         }
         __syncthreads();
-        if (threadIdx.x < part.rows * kMaxHeads && threadIdx.x % kMaxHeads < row_words) {
+        if (threadIdx.x < part.rows * kMaxHeads && threadIdx.x % kMaxHeads < summed_heads) {
 #pragma unroll 4
           for (int i = 0; i < count; ++i) total += read_sum(gathered[i * part.rows * kMaxHeads + threadIdx.x]);
         }
@@ -129,7 +131,7 @@ class DecodeRouter {
 
     const int head = threadIdx.x % kMaxHeads, row = threadIdx.x / kMaxHeads;
     if (row < part.rows && head < settings_.heads) {
-      sums_[threadIdx.x] = fabsf(queries_.gates[(part.row + row) * queries_.gates_stride + head]) * total;
+      sums_[threadIdx.x] = fabsf(gates_of(part, row)[head]) * total;
     }
     __syncthreads();
     if (warp < part.rows) {
@@ -158,6 +160,9 @@ class DecodeRouter {
 
   __device__ const uint8_t* query_of(const RankOfRows& part, int row) const {
     return queries_.query + (part.row + row) * queries_.row_stride;
+  }
+  __device__ const float* gates_of(const RankOfRows& part, int row) const {
+    return queries_.gates + (part.row + row) * queries_.gates_stride;
   }
   __device__ uint32_t* partials_of(const RankOfRows& part, int row) const {
     return exchange_.partials + static_cast<int64_t>(part.slot + row) * exchange_.partial_words;

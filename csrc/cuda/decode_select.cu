@@ -209,6 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
   char* key_tiles = reinterpret_cast<char*>(pool + args.pool_words);
   auto* chunks = reinterpret_cast<Chunk*>(key_tiles + stages * kKeyTileBytes);
 
+  if (threadIdx.x == 0) ptx::prefetch_tensor_map(&key_map);
   ptx::wait_for_previous_kernel();
   {
     int* visible = reinterpret_cast<int*>(pool);  // the pool is still unused
@@ -268,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     if (chunk.ranks > 1 && chunk.rank == 0) {
       const int keys = chunk.item_pages * kPageTokens;
       selection.prepare(
-          chunk.slot, chunk.rows, chunk.is_short ? keys : 0, kRoutes ? Router::partial_words(keys) : 0);
+          chunk.slot, chunk.rows, chunk.first_chunk, chunk.ranks, chunk.is_short ? keys : 0, kRoutes ? Router::partial_words(keys) : 0);
     }
   }
   const int key_of_thread = thread / 32 * 16 + thread % 32 / 4;
@@ -409,6 +410,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       }
       for (int row = 0; row < rows(); ++row) {
         RowPart& part = fixed.parts[row];
+        uint32_t left_before = 0;
         if (chunk.is_short) {
           if (!counts) {
             selection.clear();
@@ -419,7 +421,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
           selection.collect_keys(part, first_position, all, counts, all_keys);
           __syncthreads();
           if (threadIdx.x == 0) {
-            selection.leave(part);
+            left_before = selection.leave(part);
             part.keys = all_keys;
             part.count = all;
             part.later_offset = 0;
@@ -441,6 +443,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
           if (!is_last) next_keys[place] = part.keys[i];
         });
         __syncthreads();
+        if (chunk.is_short && threadIdx.x == 0) selection.has_left(part, left_before);
         if (is_last) continue;
         for (int i = threadIdx.x; i < most_kept; i += kThreads) {
           const bool is_key = i < selected;
@@ -458,7 +461,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         any = false;
         for (int row = 0; row < rows(); ++row) {
           if (!fixed.parts[row].active) continue;
-          selection.advance(fixed.parts[row]);
+          selection.advance(fixed.parts[row], counts);
           any = true;
         }
       }

@@ -3,8 +3,8 @@
 // A histogram of the keys' first digits tells in which narrow range the k-th largest key lies. The few keys of that
 // range are listed, the exact cut is found among them, and one pass over all keys writes what is selected in order of
 // position. The CTAs that share a row ("ranks", in order of position) add up their histograms in global memory, wait
-// for one another, merge their lists, wait again and each find the same cut: two waits, unless the range holds more
-// keys than a list. Of a short row every rank gets all keys, and each selects alone: one wait.
+// for one another, merge their lists, which are waited for entry by entry, and each find the same cut. There are more
+// waits if the range holds more keys than a list. Of a short row every rank gets all keys, and each selects alone.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -83,7 +83,7 @@ constexpr int kExchangedKeys = sizeof(RowBuffers) / sizeof(uint32_t);
 struct Exchange {
   RowShared* rows;                      // [slots]
   RowBuffers* buffers;                  // [slots]
-  uint32_t (*counts)[kRowsPerItem][2];  // [chunks]: keys above the range, keys in it
+  uint32_t (*counts)[kRowsPerItem][2];  // [chunks]: keys above the range, keys in it; 1 more than they are
   uint32_t* partials;                   // [slots, partial_words], the routers' (decode_router.cuh)
   int partial_words;
   uint64_t signature;                   // of this launch: no other has it
@@ -92,6 +92,15 @@ struct Exchange {
 /// Words that ranks pass on without a barrier are 0 until they are written, and never 0 then.
 __device__ __forceinline__ uint32_t written_key(uint32_t key) { return key == 0 ? ~1u : key; }  // ~1 is no order key
 __device__ __forceinline__ uint32_t read_key(uint32_t word) { return word == ~1u ? 0 : word; }
+
+template <typename Word>
+__device__ __forceinline__ Word wait_for_word(const Word* pointer) {
+  Word word;
+  do {
+    word = ptx::load_relaxed(pointer);
+  } while (word == 0);
+  return word;
+}
 
 __device__ __forceinline__ uint4 wait_for_words(const uint32_t* words) {
   uint4 four;
@@ -233,23 +242,28 @@ class RowSelection {
     return static_cast<int>(min(total, k));
   }
 
-  /// Rank 0 makes `rows` slots from `slot` on ready for the exchange of a row's histograms or of its `keys`, and of
-  /// `partials` words. One warp works, the others need not wait for it.
-  __device__ void prepare(int slot, int rows, int keys, int partials) {
+  /// Rank 0 makes `rows` slots from `slot` on ready for the exchange of a row's histograms and lists or of its `keys`,
+  /// and of `partials` words. One warp works, the others need not wait for it.
+  __device__ void prepare(int slot, int rows, int first_chunk, int ranks, int keys, int partials) {
     if (threadIdx.x / 32 != kWarps - 1) return;
     const int lane = threadIdx.x % 32;
-    const auto clear = [&](uint32_t* words, int count) {
+    const auto clear = [&](void* words, int bytes) {
 #pragma unroll 1
-      for (int i = 4 * lane; i < count; i += 128) *reinterpret_cast<uint4*>(words + i) = {0, 0, 0, 0};
+      for (int i = lane; i < bytes / 16; i += 32) static_cast<uint4*>(words)[i] = {0, 0, 0, 0};
     };
     for (int row = slot; row < slot + rows; ++row) {
       RowShared& shared = exchange_.rows[row];
-      constexpr int kCleared = (offsetof(RowShared, signature) - offsetof(RowShared, arrived)) / sizeof(uint32_t);
-      if (keys == 0) clear(shared.counts, kDigits);
-      clear(shared.arrived, kCleared);
-      clear(exchange_.buffers[row].keys(), keys);
-      clear(exchange_.partials + static_cast<int64_t>(row) * exchange_.partial_words, partials);
+      RowBuffers& buffers = exchange_.buffers[row];
+      clear(shared.arrived, offsetof(RowShared, signature) - offsetof(RowShared, arrived));
+      if (keys > 0) {
+        clear(buffers.keys(), keys * sizeof(uint32_t));
+      } else {
+        clear(shared.counts, sizeof(shared.counts));
+        clear(buffers.list, sizeof(buffers.list));
+      }
+      clear(exchange_.partials + static_cast<int64_t>(row) * exchange_.partial_words, partials * sizeof(uint32_t));
     }
+    if (keys == 0) clear(exchange_.counts[first_chunk], ranks * sizeof(exchange_.counts[0]));
     __threadfence();
     __syncwarp();
     if (lane < rows) ptx::store_release(&exchange_.rows[slot + lane].signature, exchange_.signature);
@@ -299,10 +313,11 @@ class RowSelection {
     }
   }
 
-  /// One thread of each rank that needs nothing of the row's exchange any more.
-  __device__ void leave(const RowPart& part) {
-    RowShared& shared = exchange_.rows[part.slot];
-    if (atomicAdd(&shared.finished, 1u) == static_cast<uint32_t>(part.ranks) - 1) shared.signature = 0;
+  /// One thread of each rank that needs nothing of the row's exchange any more; `has_left` must follow, best when the
+  /// value has arrived.
+  __device__ uint32_t leave(const RowPart& part) { return atomicAdd(&exchange_.rows[part.slot].finished, 1u); }
+  __device__ void has_left(const RowPart& part, uint32_t before) {
+    if (before == static_cast<uint32_t>(part.ranks) - 1) exchange_.rows[part.slot].signature = 0;
   }
 
   /// Enters a part of a row with several ranks, whose keys have been counted, into the exchange for the row's k best.
@@ -321,20 +336,18 @@ class RowSelection {
 
   /// Takes the row one wait further: narrows the range, or writes this part's selected positions and ends
   /// (part.active = false).
-  __device__ void advance(RowPart& part) {
+  /// `is_counted`: the histogram is still that of this part.
+  __device__ void advance(RowPart& part, bool is_counted) {
     const int level = part.level;
-    if (threadIdx.x == 0) shared_.listed = 0;
-    wait(part, level);
     if (part.is_narrow) {
-      finish_shared(part);
       __syncthreads();
-      if (threadIdx.x == 0) {
-        part.active = false;
-        leave(part);
-      }
+      finish_shared(part);
+      if (threadIdx.x == 0) part.active = false;
       __syncthreads();
       return;
     }
+    wait(part, level);
+    if (threadIdx.x == 0) shared_.listed = 0;  // not earlier: of the row before, others may still write the list
     const auto* totals = reinterpret_cast<const uint4*>(counts_of(part, level));
     for (int i = threadIdx.x; i < kDigits / 4; i += kThreads) {
       reinterpret_cast<uint4*>(shared_.digits.totals)[i] = __ldcg(totals + i);
@@ -349,13 +362,13 @@ class RowSelection {
       part.is_narrow = range.is_narrow();
     }
     if (range.is_narrow()) {
-      publish_list(part, range);
-    } else {
-      count_range(part, range);
-      __syncthreads();
-      add_counts(part, level + 1);
-      clear_counts(part, level + 2);
+      publish_list(part, range, is_counted);
+      return;
     }
+    count_range(part, range);
+    __syncthreads();
+    add_counts(part, level + 1);
+    clear_counts(part, level + 2);
     arrive(part, level + 1);
   }
 
@@ -511,7 +524,13 @@ class RowSelection {
     __syncthreads();
   }
 
-  __device__ void publish_list(RowPart& part, const KeyRange& range) {
+  __device__ void publish_list(RowPart& part, const KeyRange& range, bool is_counted) {
+    uint32_t* listed = &exchange_.rows[part.slot].listed;
+    uint32_t list_start = 0;
+    if (threadIdx.x == 0 && is_counted && !range.is_tied()) {  // under way while the keys are searched
+      const uint32_t own = shared_.digits.counts[shared_.digits.digit];
+      if (own > 0) list_start = atomicAdd(listed, own);
+    }
     list_keys(part, range);
     __syncthreads();
     uint32_t above = 0, inside = shared_.listed;
@@ -525,19 +544,20 @@ class RowSelection {
     }
     if (threadIdx.x == 0) {
       uint32_t* counts = exchange_.counts[part.first_chunk + part.rank][part.row_in_item];
-      counts[0] = above;
-      counts[1] = inside;
-      shared_.list_start = shared_.listed > 0 ? atomicAdd(&exchange_.rows[part.slot].listed, shared_.listed) : 0;
+      ptx::store_relaxed(counts, above + 1);
+      ptx::store_relaxed(counts + 1, inside + 1);
+      if (!is_counted && shared_.listed > 0) list_start = atomicAdd(listed, shared_.listed);
+      shared_.list_start = list_start;
     }
     __syncthreads();
     uint64_t* list = exchange_.buffers[part.slot].list + shared_.list_start;
-    for (int i = threadIdx.x; i < shared_.listed; i += kThreads) list[i] = list_[i];
+    for (int i = threadIdx.x; i < shared_.listed; i += kThreads) ptx::store_relaxed(list + i, list_[i]);
   }
 
   __device__ uint32_t earlier_ranks(const RowPart& part, int which) const {
     uint32_t sum = 0;
     for (int rank = threadIdx.x % 32; rank < part.rank; rank += 32) {
-      sum += __ldcg(&exchange_.counts[part.first_chunk + rank][part.row_in_item][which]);
+      sum += wait_for_word(&exchange_.counts[part.first_chunk + rank][part.row_in_item][which]) - 1;
     }
     return __reduce_add_sync(~0u, sum);
   }
@@ -545,12 +565,15 @@ class RowSelection {
   __device__ void finish_shared(const RowPart& part) {
     const KeyRange range = part.range;
     if (!range.is_tied()) {
-      for (int i = threadIdx.x; i < range.inside; i += kThreads) list_[i] = __ldcg(exchange_.buffers[part.slot].list + i);
+      const uint64_t* list = exchange_.buffers[part.slot].list;
+      for (int i = threadIdx.x; i < range.inside; i += kThreads) list_[i] = wait_for_word(list + i);
     }
     const uint32_t above = earlier_ranks(part, 0), inside = range.is_tied() ? earlier_ranks(part, 1) : 0;
     __syncthreads();
+    const uint32_t before = threadIdx.x == 0 ? leave(part) : 0;
     int32_t* out = part.out;
     finish(part, range, above, inside, [&](int place, int i) { out[place] = static_cast<int32_t>(part.position(i)); });
+    if (threadIdx.x == 0) has_left(part, before);
   }
 };
 

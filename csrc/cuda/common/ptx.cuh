@@ -183,6 +183,18 @@ __device__ __forceinline__ uint4 load_relaxed(const uint4* pointer) {
   return value;
 }
 
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* pointer) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* pointer) {
+  uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void store_relaxed(uint4* pointer, uint4 value) {
   asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(value.x), "r"(value.y),
                "r"(value.z), "r"(value.w)
@@ -191,6 +203,10 @@ __device__ __forceinline__ void store_relaxed(uint4* pointer, uint4 value) {
 
 __device__ __forceinline__ void store_relaxed(uint32_t* pointer, uint32_t value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed(uint64_t* pointer, uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
 }
 
 // ---------------------------------------------------------------- registers

@@ -45,7 +45,10 @@ inline void store_release(uint64_t* pointer, uint64_t value) {
   *pointer = value;
 }
 inline void prefetch_l2(const void*) {}
-inline uint4 load_relaxed(const uint4* pointer) { return load_acquire(pointer); }
+template <typename T>
+T load_relaxed(const T* pointer) {
+  return load_acquire(pointer);
+}
 template <typename T>
 void store_relaxed(T* pointer, std::common_type_t<T> value) {
   emulator::maybe_switch();
