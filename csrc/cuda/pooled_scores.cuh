@@ -170,7 +170,7 @@ __device__ __forceinline__ void write_top_heads(const float* scores, int heads, 
     key[half] = head < heads ? order_key(scores[head]) : 0u;
   }
   const auto compare = [&](int first, uint32_t rivals) {  // heads that do not exist have the smallest key
-#pragma unroll 4
+#pragma unroll 16
     for (int i = 0; i < 32; ++i) {
       const uint32_t rival = __shfl_sync(~0u, rivals, i);
 #pragma unroll
