@@ -75,6 +75,7 @@ class DecodeRouter {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int segment_blocks = settings_.segment_blocks, pages_per_block = settings_.pages_per_block;
     int most_blocks = 0;
+#pragma unroll 1
     for (int row = 0; row < part.rows; ++row) {
       most_blocks = max(most_blocks, rows_.visible[part.row + row] / ptx::opaque(settings_.pool_block));
       if (threadIdx.x < settings_.heads) {  // needed in a while

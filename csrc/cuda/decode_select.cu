@@ -71,6 +71,27 @@ struct Chunk : RankOfRows {
   bool is_short;  // the ranks exchange keys
 };
 
+/// Of each of a chunk's rows in the pool: the positions of the keys that are kept from earlier rounds, then keys.
+struct Room {
+  int row_words, kept_words, capacity;
+  int best_kept, most_kept;
+  int next;  // where the keys and positions to be kept are gathered
+};
+
+__device__ __forceinline__ Room room_of(const SelectArguments& args, const Chunk& chunk, int rows) {
+  Room room;
+  room.best_kept = (args.k + 3) / 4 * 4;
+  room.most_kept = room.best_kept + (rows == 1 ? kMoreKept : 0);
+  const bool fits = chunk.pages * kPageTokens <= args.pool_words / rows / kPageTokens * kPageTokens;
+  const int next_words = fits || 2 * room.best_kept <= kScratchWords ? 0 : 2 * room.best_kept;
+  room.next = next_words == 0 ? -kScratchWords : args.pool_words - next_words;  // the scratch precedes the pool
+  room.row_words = chunk.is_short ? chunk.pages * kPageTokens
+                                  : (args.pool_words - next_words) / rows / kPageTokens * kPageTokens;
+  room.kept_words = fits ? 0 : room.most_kept;
+  room.capacity = (room.row_words - room.kept_words) / kPageTokens * kPageTokens;
+  return room;
+}
+
 /// Shared by the block.
 struct Plan {
   int items, chunks, pages;
@@ -193,6 +214,7 @@ struct Fixed {
   int32_t routed_heads[Layout::kRows * kHeads];
   RowPart parts[Layout::kRows];
   Plan plan;
+  Room room;
 };
 
 template <int kHeads, bool kRoutes>
@@ -263,13 +285,17 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     for_first_pages([&](int page) { load_page(page, id_of(page, chunks)); });
   }
 
-  Selection selection(args.exchange, fixed.selection, reinterpret_cast<uint64_t*>(scratch));
+  const auto make_selection = [&](int zero) {
+    return Selection(args.exchange, (&fixed.selection)[zero], reinterpret_cast<uint64_t*>(scratch + zero), pool + zero);
+  };
   for (int number = 0; number < plan.chunks; ++number) {
+    Selection selection = make_selection(0);
     const Chunk& chunk = chunks[number];
     if (chunk.ranks > 1 && chunk.rank == 0) {
       const int keys = chunk.item_pages * kPageTokens;
       selection.prepare(
-          chunk.slot, chunk.rows, chunk.first_chunk, chunk.ranks, chunk.is_short ? keys : 0, kRoutes ? Router::partial_words(keys) : 0);
+          chunk.slot, chunk.rows, chunk.first_chunk, chunk.ranks, chunk.is_short ? keys : 0,
+          kRoutes ? Router::partial_words(keys) : 0);
     }
   }
   const int key_of_thread = thread / 32 * 16 + thread % 32 / 4;
@@ -281,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       if (kRoutes && number == 0) {  // after the first means, as they are needed first
         for_first_pages([&](int page) { load_page(page, fixed.first_ids[page]); });
       }
-      if (chunk.ranks > 1) selection.await_prepared(chunk.slot, rows());
+      if (chunk.ranks > 1) make_selection(0).await_prepared(chunk.slot, rows());
     };
     if constexpr (kRoutes) {
       Router router(
@@ -291,6 +317,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     } else {
       await();
     }
+    // routing needs the registers: the compiler must not see that addresses are the same for every chunk
+    Selection selection = make_selection(ptx::opaque(0));
     const auto queries = [&] {
       QueryHeads from = args.queries.from_row(chunk.row);
       if constexpr (kRoutes) {
@@ -300,40 +328,33 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       }
       return from;
     };
-    const int pages_before = chunk.first_page - chunk.begin;  // of the row, before the CTA's page 0
     // the warpgroup's first page in the chunk
     int page = chunk.begin + (warpgroup - chunk.begin & (kWarpgroups - 1));
     int stage = page % stages;
     uint32_t parity = page / stages & 1;
-    // the page that gets the stage which is read next; its id is fetched one page earlier than it is needed
-    const int page_count = plan.pages;
-    int refill = thread == 0 ? page + stages : page_count;
-    int refill_id = refill < page_count ? id_of(refill, &chunk) : 0;
+    // of the page that gets the stage which is read next: fetched one page earlier than it is needed
+    int refill_id = thread == 0 && page + stages < plan.pages ? id_of(page + stages, &chunk) : 0;
     store_query<kHeads>(fixed.query, queries(), rows());
     const bool has_result = Layout::has_result(rows());
-    const int visible = has_result ? args.rows.visible[chunk.row + row_of_lane] : 0;
+    const int pages_before = chunk.first_page - chunk.begin;  // of the row, before the CTA's page 0
+    // counted from the CTA's page 0
+    const int visible = has_result ? args.rows.visible[chunk.row + row_of_lane] - pages_before * kPageTokens : 0;
 
-    // each row's part of the pool: the positions of the keys kept from earlier rounds, then keys
     const bool counts = rows() == 1;
-    const int best_kept = (k + 3) / 4 * 4, most_kept = best_kept + (counts ? kMoreKept : 0);
-    const bool fits = chunk.pages * kPageTokens <= args.pool_words / rows() / kPageTokens * kPageTokens;
-    const int next_words = fits || 2 * best_kept <= kScratchWords ? 0 : 2 * best_kept;
-    uint32_t* next_keys = next_words == 0 ? scratch : pool + args.pool_words - next_words;
-    uint32_t* next_positions = next_keys + best_kept;
-    const int row_words = chunk.is_short ? chunk.pages * kPageTokens
-                                         : (args.pool_words - next_words) / rows() / kPageTokens * kPageTokens;
-    const int kept_words = fits ? 0 : most_kept;
-    const int capacity = (row_words - kept_words) / kPageTokens * kPageTokens;
-    const auto positions_of = [&](int row) { return pool + row * row_words; };
-    const auto keys_of = [&](int row) { return pool + row * row_words + kept_words; };
-    uint32_t* my_keys = keys_of(row_of_lane);
+    if (threadIdx.x == 0) fixed.room = room_of(args, chunk, rows());
+    const Room& room = fixed.room;
+    const auto positions_of = [&](int row) { return pool + row * room.row_words; };
+    const auto keys_of = [&](int row) { return pool + row * room.row_words + room.kept_words; };
     if (counts) selection.clear();
     __syncthreads();
+    const auto next_keys = [&] { return pool + room.next; };
+    const auto next_positions = [&] { return pool + room.next + room.best_kept; };
+    uint32_t* my_keys = keys_of(row_of_lane);
 
-    const int end = chunk.begin + chunk.pages;
+    const auto end = [&] { return chunk.begin + chunk.pages; };
     int held = 0;  // keys of each row kept from earlier rounds
     for (int round_first = chunk.begin;;) {
-      const int round_last = min(end, round_first + (capacity - held) / kPageTokens);
+      const int round_last = min(end(), round_first + (room.capacity - held) / kPageTokens);
       float gate[Layout::kHeadsPerLane];  // anew in every round, as a selection needs the registers
       load_gates<kHeads>(gate, queries(), rows());
       for (; page < round_last; page += kWarpgroups) {
@@ -345,10 +366,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         ptx::wgmma_wait<0>();
         ptx::pin_registers(d);
         sync_warpgroup(warpgroup);
-        if (refill < page_count) {
+        const int refill = page + stages;
+        if (thread == 0 && refill < plan.pages) {
           load_page(stage, refill_id);
-          refill += kWarpgroups;
-          if (refill < page_count) refill_id = id_of(refill, &chunk);
+          if (refill + kWarpgroups < plan.pages) refill_id = id_of(refill + kWarpgroups, &chunk);
         }
         stage += kWarpgroups;
         if (stage >= stages) {
@@ -362,8 +383,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int offset = key_of_thread + 8 * half;
-            const int position = (page + pages_before) * kPageTokens + offset;
-            const uint32_t key = position < visible ? order_key(sum[half] * scale[half]) : 0;
+            const uint32_t key = page * kPageTokens + offset < visible ? order_key(sum[half] * scale[half]) : 0;
             my_keys[held + (page - round_first) * kPageTokens + offset] = key;
             if (counts) selection.count(key);
           }
@@ -371,13 +391,13 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       }
       const int filled = held + (round_last - round_first) * kPageTokens;
       const int padded = (filled + 3) / 4 * 4;
-      const int first_position = (round_first + pages_before) * kPageTokens;
+      const int first_position = (round_first - chunk.begin + chunk.first_page) * kPageTokens;
       if (threadIdx.x < rows()) {
         RowPart& part = fixed.parts[threadIdx.x];
         uint32_t* keys = keys_of(threadIdx.x);
         for (int i = filled; i < padded; ++i) keys[i] = 0;
-        part.keys = keys;
-        part.positions = positions_of(threadIdx.x);
+        part.keys = static_cast<int>(keys - pool);
+        part.positions = static_cast<int>(positions_of(threadIdx.x) - pool);
         part.count = padded;
         part.listed_positions = held;
         part.later_offset = first_position - held;
@@ -389,16 +409,16 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         part.row_in_item = threadIdx.x;
       }
       __syncthreads();
-      const bool is_last = round_last == end;
+      const bool is_last = round_last == end();
       const int next_position = first_position + filled - held;  // what no key has, and none is behind it
       if (!is_last && counts && args.drops_low) {
-        const int kept = selection.drop_low(fixed.parts[0], k, most_kept, keys_of(0), positions_of(0));
-        if (kept <= most_kept) {
-          for (int i = kept + threadIdx.x; i < most_kept; i += kThreads) {
+        const int kept = selection.drop_low(fixed.parts[0], k, room.most_kept);
+        if (kept <= room.most_kept) {
+          for (int i = kept + threadIdx.x; i < room.most_kept; i += kThreads) {
             keys_of(0)[i] = 0;
             positions_of(0)[i] = next_position;
           }
-          held = most_kept;
+          held = room.most_kept;
           round_first = round_last;
           __syncthreads();
           continue;
@@ -417,12 +437,12 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
             __syncthreads();
           }
           const int all = chunk.item_pages * kPageTokens;
-          uint32_t* all_keys = pool + rows() * row_words;
+          uint32_t* all_keys = pool + rows() * room.row_words;
           selection.collect_keys(part, first_position, all, counts, all_keys);
           __syncthreads();
           if (threadIdx.x == 0) {
             left_before = selection.leave(part);
-            part.keys = all_keys;
+            part.keys = static_cast<int>(all_keys - pool);
             part.count = all;
             part.later_offset = 0;
           }
@@ -436,19 +456,24 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         }
         // of a row whose keys have been collected, this rank writes what it scored
         const int first = chunk.is_short ? first_position : 0;
-        const uint32_t own = chunk.is_short ? row_words : ~0u;
+        const uint32_t own = chunk.is_short ? room.row_words : ~0u;
         const int selected = selection.select(part, k, [&](int place, int i) {
           if (static_cast<uint32_t>(i - first) >= own) return;
-          (is_last ? reinterpret_cast<uint32_t*>(part.out) : next_positions)[place] = part.position(i);
-          if (!is_last) next_keys[place] = part.keys[i];
+          const uint32_t position = selection.position(part, i);
+          if (is_last) {
+            part.out[place] = static_cast<int32_t>(position);
+          } else {
+            next_keys()[place] = selection.key(part, i);
+            next_positions()[place] = position;
+          }
         });
         __syncthreads();
         if (chunk.is_short && threadIdx.x == 0) selection.has_left(part, left_before);
         if (is_last) continue;
-        for (int i = threadIdx.x; i < most_kept; i += kThreads) {
+        for (int i = threadIdx.x; i < room.most_kept; i += kThreads) {
           const bool is_key = i < selected;
-          keys_of(row)[i] = is_key ? next_keys[i] : 0;
-          positions_of(row)[i] = is_key ? next_positions[i] : next_position;
+          keys_of(row)[i] = is_key ? next_keys()[i] : 0;
+          positions_of(row)[i] = is_key ? next_positions()[i] : next_position;
         }
         if (counts) {
           selection.clear();
@@ -466,7 +491,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         }
       }
       if (is_last) break;
-      held = most_kept;
+      held = room.most_kept;
       round_first = round_last;
     }
   }

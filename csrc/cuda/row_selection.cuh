@@ -102,19 +102,22 @@ __device__ __forceinline__ Word wait_for_word(const Word* pointer) {
   return word;
 }
 
+__device__ __forceinline__ bool are_written(const uint4& four) {
+  return four.x != 0 && four.y != 0 && four.z != 0 && four.w != 0;
+}
+
 __device__ __forceinline__ uint4 wait_for_words(const uint32_t* words) {
   uint4 four;
   do {
     four = ptx::load_relaxed(reinterpret_cast<const uint4*>(words));
-  } while (four.x == 0 || four.y == 0 || four.z == 0 || four.w == 0);
+  } while (!are_written(four));
   return four;
 }
 
-/// A CTA's keys of one row, ascending in position; key 0 means "none". Index i is at position positions[i] if
+/// A CTA's keys of one row, ascending in position; key 0 means "none". Index i is at the i-th position listed if
 /// i < listed_positions, else at i + later_offset. Lies in shared memory.
 struct RowPart {
-  const uint32_t* keys;  // 16-byte aligned
-  const uint32_t* positions;
+  int keys, positions;  // where they begin in the pool, keys at a multiple of 4
   int count;  // a multiple of 4
   int listed_positions, later_offset;
   int32_t* out;
@@ -124,8 +127,6 @@ struct RowPart {
   bool active, is_narrow;
   KeyRange range;
   uint32_t above_of_warp[32];
-
-  __device__ uint32_t position(int i) const { return i < listed_positions ? positions[i] : i + later_offset; }
 };
 
 /// All threads of the CTA call each method together.
@@ -139,11 +140,20 @@ class RowSelection {
   struct Shared {
     typename Digits::Shared digits;
     uint32_t listed, list_start;
+    uint32_t earlier[2][kWarps];  // keys of earlier ranks above the range, and in it
   };
 
-  /// `list`: room for kListedKeys values, unused between calls.
-  __device__ RowSelection(const Exchange& exchange, Shared& shared, uint64_t* list)
-      : exchange_(exchange), shared_(shared), digits_(shared.digits), list_(list) {}
+  /// `list`: room for kListedKeys values, unused between calls. `pool`: where the parts' keys lie, in shared memory.
+  __device__ RowSelection(const Exchange& exchange, Shared& shared, uint64_t* list, uint32_t* pool)
+      : exchange_(exchange), shared_(shared), digits_(shared.digits), list_(list), pool_(pool) {}
+
+  __device__ uint32_t key(const RowPart& part, int i) const { return pool_[part.keys + i]; }
+  __device__ uint4 four_keys(const RowPart& part, int i) const {
+    return *reinterpret_cast<const uint4*>(pool_ + part.keys + i);
+  }
+  __device__ uint32_t position(const RowPart& part, int i) const {
+    return i < part.listed_positions ? pool_[part.positions + i] : i + part.later_offset;
+  }
 
   /// Before the first `count`; a block barrier must follow.
   __device__ void clear() { digits_.clear(); }
@@ -159,7 +169,7 @@ class RowSelection {
     __syncthreads();
 #pragma unroll 1
     for (int i = 4 * threadIdx.x; i < part.count; i += 4 * kThreads) {
-      const uint4 keys = *reinterpret_cast<const uint4*>(part.keys + i);
+      const uint4 keys = four_keys(part, i);
       count(keys.x);
       count(keys.y);
       count(keys.z);
@@ -170,8 +180,8 @@ class RowSelection {
   /// Drops, in place and in order, keys of a part that cannot be among its k best; its keys must have been counted, and
   /// the counts are those of the kept keys afterwards. Returns how many those are, at least min(k, all): if that were
   /// more than `room`, nothing is changed and the return value is larger than `room`. A block barrier must precede and
-  /// follow. `positions` is the part's array, with room for `room`.
-  __device__ int drop_low(const RowPart& part, uint32_t k, int room, uint32_t* keys, uint32_t* positions) {
+  /// follow. There is room for `room` positions.
+  __device__ int drop_low(const RowPart& part, uint32_t k, int room) {
     digits_.walk(shared_.digits.counts, k);
     uint32_t low = 1, kept = shared_.digits.total;
     if (kept > k) {
@@ -186,12 +196,12 @@ class RowSelection {
 #pragma unroll 1
     for (int base = 0; base < part.count; base += 4 * kThreads) {
       const int i = base + 4 * static_cast<int>(threadIdx.x);
-      const uint4 four = i < part.count ? *reinterpret_cast<const uint4*>(part.keys + i) : uint4{0, 0, 0, 0};
+      const uint4 four = i < part.count ? four_keys(part, i) : uint4{0, 0, 0, 0};
       const uint32_t key[4] = {four.x, four.y, four.z, four.w};
-      uint32_t position[4], mine = 0;
+      uint32_t place_of[4], mine = 0;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        position[j] = key[j] >= low ? part.position(i + j) : 0;
+        place_of[j] = key[j] >= low ? position(part, i + j) : 0;
         mine += key[j] >= low;
       }
       uint32_t inclusive = mine;
@@ -208,8 +218,8 @@ class RowSelection {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (key[j] < low) continue;
-        keys[place] = key[j];
-        positions[place++] = position[j];
+        pool_[part.keys + place] = key[j];
+        pool_[part.positions + place++] = place_of[j];
       }
       __syncthreads();
     }
@@ -282,7 +292,7 @@ class RowSelection {
     uint32_t* words = exchange_.buffers[part.slot].keys() + first;
 #pragma unroll 1
     for (int i = 4 * threadIdx.x; i < part.count; i += 4 * kThreads) {
-      const uint4 keys = *reinterpret_cast<const uint4*>(part.keys + i);
+      const uint4 keys = four_keys(part, i);
       ptx::store_relaxed(
           reinterpret_cast<uint4*>(words + i),
           uint4{written_key(keys.x), written_key(keys.y), written_key(keys.z), written_key(keys.w)});
@@ -294,22 +304,34 @@ class RowSelection {
   /// follow.
   __device__ void collect_keys(const RowPart& part, int first, int count, bool is_counted, uint32_t* all) {
     const uint32_t* words = exchange_.buffers[part.slot].keys();
+    const auto is_own = [&](int i) { return i >= first && i < first + part.count; };
+    constexpr int kAtOnce = 2;  // under way; registers are short
 #pragma unroll 1
-    for (int i = 4 * threadIdx.x; i < count; i += 4 * kThreads) {
-      const bool is_own = i >= first && i < first + part.count;
-      uint4 keys;
-      if (is_own) {
-        keys = *reinterpret_cast<const uint4*>(part.keys + i - first);
-      } else {
-        keys = wait_for_words(words + i);
-        keys = {read_key(keys.x), read_key(keys.y), read_key(keys.z), read_key(keys.w)};
+    for (int base = 4 * threadIdx.x; base < count; base += 4 * kAtOnce * kThreads) {
+      uint4 keys[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = base + 4 * j * kThreads;
+        if (i < count && !is_own(i)) keys[j] = ptx::load_relaxed(reinterpret_cast<const uint4*>(words + i));
       }
-      *reinterpret_cast<uint4*>(all + i) = keys;
-      if (is_own && is_counted) continue;
-      this->count(keys.x);
-      this->count(keys.y);
-      this->count(keys.z);
-      this->count(keys.w);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = base + 4 * j * kThreads;
+        if (i >= count) continue;
+        uint4& four = keys[j];
+        if (is_own(i)) {
+          four = four_keys(part, i - first);
+        } else {
+          if (!are_written(four)) four = wait_for_words(words + i);
+          four = {read_key(four.x), read_key(four.y), read_key(four.z), read_key(four.w)};
+        }
+        *reinterpret_cast<uint4*>(all + i) = four;
+        if (is_own(i) && is_counted) continue;
+        this->count(four.x);
+        this->count(four.y);
+        this->count(four.z);
+        this->count(four.w);
+      }
     }
   }
 
@@ -377,6 +399,7 @@ class RowSelection {
   Shared& shared_;
   Digits digits_;
   uint64_t* list_;
+  uint32_t* pool_;
 
   /// Warps take equal parts of the indices, each lane 4 at a time.
   __device__ static int warp_share(int count) { return (count + 128 * kWarps - 1) / (128 * kWarps) * 128; }
@@ -397,7 +420,7 @@ class RowSelection {
     __syncthreads();
     const int shift = range.shift();
     for (int i = threadIdx.x; i < part.count; i += kThreads) {
-      const uint32_t key = part.keys[i];
+      const uint32_t key = this->key(part, i);
       if (range.holds(key)) atomicAdd(&shared_.digits.counts[(key - range.low) >> shift], 1u);
     }
   }
@@ -410,14 +433,14 @@ class RowSelection {
     uint32_t above = 0;
 #pragma unroll 2
     for (int i = first_of_warp(part.count) + 4 * lane; i < last; i += 128) {
-      const uint4 four = *reinterpret_cast<const uint4*>(part.keys + i);
+      const uint4 four = four_keys(part, i);
       const uint32_t keys[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         above += keys[j] > range.high;
         if (lists && range.holds(keys[j])) {
           list_[atomicAdd(&shared_.listed, 1u)] =
-              static_cast<uint64_t>(keys[j]) << 32 | (0xFFFFFFFFu - part.position(i + j));
+              static_cast<uint64_t>(keys[j]) << 32 | (0xFFFFFFFFu - position(part, i + j));
         }
       }
     }
@@ -431,8 +454,8 @@ class RowSelection {
   __device__ void finish(
       const RowPart& part, const KeyRange& range, uint32_t earlier_above, uint32_t earlier_inside, Take take) {
     if (range.is_tied()) {  // more equal keys than a list holds: the first in order of position are selected
-      const auto above = [&](int i) { return part.keys[i] > range.high; };
-      const auto inside = [&](int i) { return range.holds(part.keys[i]); };
+      const auto above = [&](int i) { return key(part, i) > range.high; };
+      const auto inside = [&](int i) { return range.holds(key(part, i)); };
       const auto before = digits_.tally(part.count, above, inside);
       digits_.place(
           part.count, above, inside, range.need, earlier_above + before.above, earlier_inside + before.inside, take);
@@ -452,7 +475,7 @@ class RowSelection {
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first = first_of_warp(part.count), last = last_of_warp(part.count);
-    const uint32_t first_position = first < part.count ? part.position(first) : 0;
+    const uint32_t first_position = first < part.count ? position(part, first) : 0;
     uint32_t before = lane < warp ? part.above_of_warp[lane] : 0;
     for (int i = lane; i < listed; i += 32) {
       const uint64_t value = list_[i];
@@ -466,12 +489,12 @@ class RowSelection {
 #pragma unroll 1
     for (int base = first; base < last; base += 128) {
       const int i = base + 4 * lane;
-      const uint4 four = i < last ? *reinterpret_cast<const uint4*>(part.keys + i) : uint4{0, 0, 0, 0};
+      const uint4 four = i < last ? four_keys(part, i) : uint4{0, 0, 0, 0};
       const uint32_t keys[4] = {four.x, four.y, four.z, four.w};
       uint32_t lanes[4], place = before;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const bool selected = keys[j] > cut_key || (keys[j] == cut_key && part.position(i + j) <= cut_position);
+        const bool selected = keys[j] > cut_key || (keys[j] == cut_key && position(part, i + j) <= cut_position);
         lanes[j] = __ballot_sync(~0u, selected);
         place += __popc(lanes[j] & lower_lanes);
         before += __popc(lanes[j]);
@@ -536,7 +559,7 @@ class RowSelection {
     uint32_t above = 0, inside = shared_.listed;
     if (range.is_tied()) {
       const auto before = digits_.tally(
-          part.count, [](int) { return false; }, [&](int i) { return range.holds(part.keys[i]); });
+          part.count, [](int) { return false; }, [&](int i) { return range.holds(key(part, i)); });
       inside = before.all_inside;
     }
     if (threadIdx.x < 32) {
@@ -554,25 +577,31 @@ class RowSelection {
     for (int i = threadIdx.x; i < shared_.listed; i += kThreads) ptx::store_relaxed(list + i, list_[i]);
   }
 
-  __device__ uint32_t earlier_ranks(const RowPart& part, int which) const {
-    uint32_t sum = 0;
-    for (int rank = threadIdx.x % 32; rank < part.rank; rank += 32) {
-      sum += wait_for_word(&exchange_.counts[part.first_chunk + rank][part.row_in_item][which]) - 1;
-    }
-    return __reduce_add_sync(~0u, sum);
-  }
-
   __device__ void finish_shared(const RowPart& part) {
     const KeyRange range = part.range;
+    const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
+    const bool is_earlier = thread < part.rank;  // than this rank; there are fewer than kThreads
+    const uint32_t* counts = exchange_.counts[part.first_chunk + thread][part.row_in_item];
+    uint32_t sums[2] = {is_earlier ? ptx::load_relaxed(counts) : 1, 1};  // 1 more than they are
     if (!range.is_tied()) {
       const uint64_t* list = exchange_.buffers[part.slot].list;
       for (int i = threadIdx.x; i < range.inside; i += kThreads) list_[i] = wait_for_word(list + i);
+    } else if (is_earlier) {
+      sums[1] = wait_for_word(counts + 1);
     }
-    const uint32_t above = earlier_ranks(part, 0), inside = range.is_tied() ? earlier_ranks(part, 1) : 0;
+    if (sums[0] == 0) sums[0] = wait_for_word(counts);
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const uint32_t sum = __reduce_add_sync(~0u, sums[which] - 1);
+      if (lane == 0) shared_.earlier[which][threadIdx.x / 32] = sum;
+    }
     __syncthreads();
+    const uint32_t above = __reduce_add_sync(~0u, lane < kWarps ? shared_.earlier[0][lane] : 0);
+    const uint32_t inside = __reduce_add_sync(~0u, lane < kWarps ? shared_.earlier[1][lane] : 0);
     const uint32_t before = threadIdx.x == 0 ? leave(part) : 0;
     int32_t* out = part.out;
-    finish(part, range, above, inside, [&](int place, int i) { out[place] = static_cast<int32_t>(part.position(i)); });
+    finish(part, range, above, inside, [&](int place, int i) { out[place] = static_cast<int32_t>(position(part, i)); });
     if (threadIdx.x == 0) has_left(part, before);
   }
 };
