@@ -1,6 +1,6 @@
 // Routing inside the decode selection: the CTAs that share a row pool and score its segments, while their first pages
-// of keys arrive, and tell one another the segments' sums. Sums are those of pooled_scores.cuh, so that a token gets the
-// heads that the router kernels give it.
+// of keys arrive, and tell one another the segments' sums. Sums are those of pooled_scores.cuh, so that a token gets
+// the heads that the router kernels give it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -67,8 +67,8 @@ class DecodeRouter {
     sums_ = reinterpret_cast<float*>(ring_ + settings.sums_offset);
   }
 
-  /// Writes the routed heads of row r, ascending, to heads[r * heads_stride]. Block barriers must precede and follow. All
-  /// threads call await() once, when the first means are under way and before the part's slots in the exchange are
+  /// Writes the routed heads of row r, ascending, to heads[r * heads_stride]. Block barriers must precede and follow.
+  /// All threads call await() once, when the first means are under way and before the part's slots in the exchange are
   /// touched.
   template <typename Await>
   __device__ void route(const RankOfRows& part, int32_t* heads, int heads_stride, Await await) {
@@ -89,32 +89,30 @@ class DecodeRouter {
     const int last_segment = shares ? (part.rank + 1) * segments / part.ranks : segments;
 
     float total = 0.0f;  // of row threadIdx.x / kMaxHeads and head threadIdx.x % kMaxHeads
-    {
-      const int at_once = max(1, min(settings_.segments_at_once, last_segment - first_segment));
-      MeanStream means(
-          *this, rows_.block_table + part.request * rows_.table_stride, first_segment * segment_blocks,
-          at_once * segment_blocks, min(last_segment * segment_blocks, most_blocks), pages_per_block);
-      await();
-      if (shares && first_segment == last_segment) __syncthreads();
+    const int at_once = max(1, min(settings_.segments_at_once, last_segment - first_segment));
+    MeanStream means(
+        *this, rows_.block_table + part.request * rows_.table_stride, first_segment * segment_blocks,
+        at_once * segment_blocks, min(last_segment * segment_blocks, most_blocks), pages_per_block);
+    await();
+    if (shares && first_segment == last_segment) __syncthreads();
 #pragma unroll 1
-      for (int segment = first_segment; segment < last_segment; segment += at_once) {
-        means.pool_batch();
-        __syncthreads();
-        const int count = min(at_once, last_segment - segment);
-        score_segments(part, segment, count, shares);
-        __syncthreads();
-        if (!shares && threadIdx.x < part.rows * kMaxHeads) {
+    for (int segment = first_segment; segment < last_segment; segment += at_once) {
+      means.pool_batch();
+      __syncthreads();
+      const int count = min(at_once, last_segment - segment);
+      score_segments(part, segment, count, shares);
+      __syncthreads();
+      if (!shares && threadIdx.x < part.rows * kMaxHeads) {
 #pragma unroll 1
-          for (int i = 0; i < count; ++i) total += sums_[i * part.rows * kMaxHeads + threadIdx.x];
-        }
+        for (int i = 0; i < count; ++i) total += sums_[i * part.rows * kMaxHeads + threadIdx.x];
       }
     }
     if (shares) {
       auto* gathered = reinterpret_cast<uint32_t*>(ring_);
       const int summed_heads = 16 * settings_.head_groups;
-      const int at_once = kRingPages * kMeanBytes / 4 / (part.rows * kMaxHeads);
-      for (int segment = 0; segment < segments; segment += at_once) {
-        const int count = min(at_once, segments - segment);
+      const int gathered_at_once = kRingPages * kMeanBytes / 4 / (part.rows * kMaxHeads);
+      for (int segment = 0; segment < segments; segment += gathered_at_once) {
+        const int count = min(gathered_at_once, segments - segment);
         for (int i = 4 * threadIdx.x; i < count * part.rows * kMaxHeads; i += 4 * kThreads) {
           const int head = i % kMaxHeads, row = i / kMaxHeads % part.rows, number = i / kMaxHeads / part.rows;
           if (head >= summed_heads) continue;
@@ -259,7 +257,8 @@ class DecodeRouter {
 
     __device__ int depth() const { return is_deep_ ? 16 : 8; }
     __device__ char* slot(int number) const {
-      return router_.ring_ + (threadIdx.x / 32 * depth() + (number & (depth() - 1))) * kMeanBytes + threadIdx.x % 32 * 16;
+      const int slot_of_ring = threadIdx.x / 32 * depth() + (number & (depth() - 1));
+      return router_.ring_ + slot_of_ring * kMeanBytes + threadIdx.x % 32 * 16;
     }
     __device__ int load_ids(int from) const {
       const int number = from + static_cast<int>(threadIdx.x % 32);
