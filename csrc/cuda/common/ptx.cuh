@@ -171,7 +171,70 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* pointer) {
   return value;
 }
 
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* pointer) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+// Publishes what this thread wrote, or saw written before a barrier of the block.
+__device__ __forceinline__ void store_release(uint64_t* pointer, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* pointer) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
+}
+
+// Words that say themselves whether they have been written: they order nothing else.
+__device__ __forceinline__ uint4 load_relaxed(const uint4* pointer) {
+  uint4 value;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(pointer)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* pointer) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* pointer) {
+  uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_relaxed(uint4* pointer, uint4 value) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed(uint32_t* pointer, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed(uint64_t* pointer, uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
+}
+
 // ---------------------------------------------------------------- registers
+
+// The value, of which the compiler computes nothing ahead of this place.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+template <typename T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
 
 // Changes the register limit of each thread of the warpgroup; the limits of a block's warpgroups sum to what it
 // was launched with.

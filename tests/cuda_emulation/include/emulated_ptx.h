@@ -47,6 +47,16 @@ inline void store_release(uint64_t* pointer, uint64_t value) {
   emulator::maybe_switch();
   *pointer = value;
 }
+inline void prefetch_l2(const void*) {}
+template <typename T>
+T load_relaxed(const T* pointer) {
+  return load_acquire(pointer);
+}
+template <typename T>
+void store_relaxed(T* pointer, std::common_type_t<T> value) {
+  emulator::maybe_switch();
+  *pointer = value;
+}
 
 template <int kId, int kThreads>
 void named_barrier_sync() {
@@ -59,6 +69,10 @@ void named_barrier_arrive() {
 inline void cluster_arrive() { emulator::cluster_arrive(); }
 inline void cluster_wait() { emulator::cluster_wait(); }
 
+template <typename T>
+T opaque(T value) {
+  return value;
+}
 template <int kRegisters>
 void set_more_registers() {}
 template <int kRegisters>
