@@ -11,7 +11,8 @@ bool runs_here(const Simd& variant) {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (&variant == &simd_avx2) return avx2;
-  if (&variant == &simd_avx512) return avx2 && __builtin_cpu_supports("avx512f");
+  if (&variant == &simd_avx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 #endif
   return &variant == &simd_generic;
 }

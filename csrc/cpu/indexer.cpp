@@ -53,20 +53,23 @@ int panels_of(int64_t keys) { return (int)((keys + simd().panel_keys - 1) / simd
 // Keys of up to one chunk, widened for the inner loops.
 struct KeyChunk {
   Buffer<float> panels{(int64_t)kChunkKeys * kDim}, scales{kChunkKeys};
+  const uint8_t* keys[kChunkKeys];
 
-  // key_of(i) -> {page, offset in the page} of the chunk's key i < count.
-  template <class KeyOf>
-  void load(int count, const KeyOf& key_of) {
-    const uint8_t* keys[kChunkKeys];
+  // The chunk's keys from number `i` on are the `count` keys of a page from `offset` on.
+  void take(int64_t i, const uint8_t* page, int64_t offset, int64_t count) {
+    const float* from = (const float*)(page + kScalesOffset) + offset;
+    const uint8_t** __restrict key = keys + i;
+    float* __restrict scale = scales.get() + i;
+    for (int64_t j = 0; j < count; ++j) key[j] = page + (offset + j) * kDim;
+    for (int64_t j = 0; j < count; ++j) scale[j] = from[j] * kKeyRescale;
+  }
+
+  // Widens the first `count` keys; what is left of the last panel is zero.
+  void widen(int count) {
     const int panel_count = panels_of(count);
-    for (int i = 0; i < panel_count * simd().panel_keys; ++i) {
+    for (int i = count; i < panel_count * simd().panel_keys; ++i) {
       keys[i] = kZeroKey;
       scales[i] = 0.0f;
-      if (i < count) {
-        const std::pair<const uint8_t*, int64_t> key = key_of(i);
-        keys[i] = key.first + key.second * kDim;
-        scales[i] = ((const float*)(key.first + kScalesOffset))[key.second] * kKeyRescale;
-      }
     }
     simd().load_keys(keys, panel_count, panels.get());
   }
@@ -145,10 +148,12 @@ void select_tokens(const Tensor& q, const Tensor& gates, const std::optional<Ten
       const int64_t last = std::min<int64_t>(first + kChunkKeys, group.tokens);
       for (int64_t start = first; start < last; start += tile) {
         const int64_t loaded = std::min(tile, last - start);
-        chunk.load((int)loaded, [&](int i) {
-          const int64_t token = start + i;
-          return std::make_pair(cache[group.pages[token / kPageTokens]], token % kPageTokens);
-        });
+        for (int64_t i = 0, run; i < loaded; i += run) {
+          const int64_t token = start + i, offset = token % kPageTokens;
+          run = std::min(kPageTokens - offset, loaded - i);
+          chunk.take(i, cache[group.pages[token / kPageTokens]], offset, run);
+        }
+        chunk.widen((int)loaded);
         for (int64_t i = group.first; i < group.last; ++i) {
           const int64_t needed = std::min<int64_t>(loaded, rows.visible[members[begin + i]] - start);
           if (needed <= 0) continue;
@@ -211,10 +216,11 @@ void rerank_tokens(const Tensor& q, const Tensor& gates, const Tensor& candidate
       const int64_t left = (int64_t)tokens[i].size() - first;
       if (left <= 0 || (int64_t)tokens[i].size() <= k) return;
       const int needed = (int)std::min<int64_t>(kChunkKeys, left);
-      chunk.load(needed, [&](int c) {
+      for (int c = 0; c < needed; ++c) {
         const int32_t token = tokens[i][first + c];
-        return std::make_pair(cache[pages[i][token / kPageTokens]], (int64_t)(token % kPageTokens));
-      });
+        chunk.take(c, cache[pages[i][token / kPageTokens]], token % kPageTokens, 1);
+      }
+      chunk.widen(needed);
       simd().score_keys(scoring.q.get() + i * scoring.heads * kDim, scoring.gates.get() + i * scoring.heads,
                         scoring.heads, chunk.panels.get(), chunk.scales.get(), panels_of(needed),
                         scores.get() + i * width + first);

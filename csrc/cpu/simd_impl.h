@@ -83,7 +83,54 @@ void widen_fp8(const uint8_t* bytes, int count, float* values) {
   }
 }
 
+#if defined(__AVX512BW__)
+
+inline __m512i words_to_half(__m512i words) {
+  return _mm512_and_si512(_mm512_srai_epi16(words, 1), _mm512_set1_epi16((short)0xBFFF));
+}
+
+// The 4 quarters of `words`, 8 keys each, as fp32, each `stride` floats behind the one before.
+inline void store_4_columns(__m512i words, float* to, int64_t stride) {
+  const __m512i half = words_to_half(words);
+  const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+  const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+  _mm256_storeu_ps(to, _mm512_castps512_ps256(low));
+  _mm256_storeu_ps(to + stride, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(low), 1)));
+  _mm256_storeu_ps(to + 2 * stride, _mm512_castps512_ps256(high));
+  _mm256_storeu_ps(to + 3 * stride, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(high), 1)));
+}
+
+// Transposes 8 keys x 64 dimensions of bytes into columns of 8 fp32.
+constexpr int kDimsAtOnce = 64;
+inline void load_8_keys(const uint8_t* const* keys, int dim, float* column) {
+  __m512i r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm512_loadu_si512(keys[i] + dim);
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi8(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi8(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi16(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi16(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi16(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi16(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[i], r[i + 4]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 4]);
+  }
+  // t[i]: dimensions 16g + 2i and 16g + 2i + 1 in its quarter g, 8 keys each
+  for (int i = 0; i < 8; ++i) {
+    float* to = column + (int64_t)(dim + 2 * i) * kPanelKeys;
+    store_4_columns(_mm512_unpacklo_epi8(_mm512_setzero_si512(), t[i]), to, 16 * kPanelKeys);
+    store_4_columns(_mm512_unpackhi_epi8(_mm512_setzero_si512(), t[i]), to + kPanelKeys, 16 * kPanelKeys);
+  }
+}
+
+#else
+
 // Transposes 8 keys x 32 dimensions of bytes into columns of 8 fp32.
+constexpr int kDimsAtOnce = 32;
 inline void load_8_keys(const uint8_t* const* keys, int dim, float* column) {
   __m256i r[8], t[8];
   for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_si256((const __m256i*)(keys[i] + dim));
@@ -113,10 +160,12 @@ inline void load_8_keys(const uint8_t* const* keys, int dim, float* column) {
   }
 }
 
+#endif
+
 void load_keys(const uint8_t* const* keys, int panel_count, float* panels) {
   for (int i = 0; i < panel_count * kPanelKeys; i += 8) {
     float* column = panels + (int64_t)(i / kPanelKeys) * kDim * kPanelKeys + i % kPanelKeys;
-    for (int dim = 0; dim < kDim; dim += 32) load_8_keys(keys + i, dim, column);
+    for (int dim = 0; dim < kDim; dim += kDimsAtOnce) load_8_keys(keys + i, dim, column);
   }
 }
 

@@ -73,13 +73,16 @@ def make_steps(args: argparse.Namespace, queries: int) -> dict[str, Callable[[],
 
 
 def time_in_turn(steps: dict[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
-    """Name -> seconds of each timed run; every step runs once untimed, then at least three times."""
-    for step in steps.values():
-        step()
+    """Name -> seconds of each timed run, at least three of every step.
+
+    A timed run follows an untimed one of the same step, so that torch's threads are awake: waking one takes as long as
+    a whole step of one query.
+    """
     times = {name: [] for name in steps}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[next(iter(times))]) < 3:
         for name, step in steps.items():
+            step()
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
