@@ -83,84 +83,59 @@ void widen_fp8(const uint8_t* bytes, int count, float* values) {
   }
 }
 
+// Columns of 8 keys as words, one in each 128 bits, become fp32 columns of a panel, 16 dimensions apart.
 #if defined(__AVX512BW__)
-
-inline __m512i words_to_half(__m512i words) {
-  return _mm512_and_si512(_mm512_srai_epi16(words, 1), _mm512_set1_epi16((short)0xBFFF));
-}
-
-// The 4 quarters of `words`, 8 keys each, as fp32, each `stride` floats behind the one before.
-inline void store_4_columns(__m512i words, float* to, int64_t stride) {
-  const __m512i half = words_to_half(words);
+#define MISA_WIDEST(operation) _mm512_##operation
+typedef __m512i Bytes;
+inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline void store_columns(Bytes words, float* to) {
+  constexpr int kStep = 16 * kPanelKeys;
+  const __m512i half = _mm512_and_si512(_mm512_srai_epi16(words, 1), _mm512_set1_epi16((short)0xBFFF));
   const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
   const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
   _mm256_storeu_ps(to, _mm512_castps512_ps256(low));
-  _mm256_storeu_ps(to + stride, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(low), 1)));
-  _mm256_storeu_ps(to + 2 * stride, _mm512_castps512_ps256(high));
-  _mm256_storeu_ps(to + 3 * stride, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(high), 1)));
+  _mm256_storeu_ps(to + kStep, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(low), 1)));
+  _mm256_storeu_ps(to + 2 * kStep, _mm512_castps512_ps256(high));
+  _mm256_storeu_ps(to + 3 * kStep, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(high), 1)));
 }
-
-// Transposes 8 keys x 64 dimensions of bytes into columns of 8 fp32.
-constexpr int kDimsAtOnce = 64;
-inline void load_8_keys(const uint8_t* const* keys, int dim, float* column) {
-  __m512i r[8], t[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm512_loadu_si512(keys[i] + dim);
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi8(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi8(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi16(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi16(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi16(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi16(t[4 * i + 1], t[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[i], r[i + 4]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 4]);
-  }
-  // t[i]: dimensions 16g + 2i and 16g + 2i + 1 in its quarter g, 8 keys each
-  for (int i = 0; i < 8; ++i) {
-    float* to = column + (int64_t)(dim + 2 * i) * kPanelKeys;
-    store_4_columns(_mm512_unpacklo_epi8(_mm512_setzero_si512(), t[i]), to, 16 * kPanelKeys);
-    store_4_columns(_mm512_unpackhi_epi8(_mm512_setzero_si512(), t[i]), to + kPanelKeys, 16 * kPanelKeys);
-  }
-}
-
 #else
+#define MISA_WIDEST(operation) _mm256_##operation
+typedef __m256i Bytes;
+inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline void store_columns(Bytes words, float* to) {
+  const __m256i half = words_to_half(words);
+  _mm256_storeu_ps(to, low_to_float(half));
+  _mm256_storeu_ps(to + 16 * kPanelKeys, high_to_float(half));
+}
+#endif
+constexpr int kDimsAtOnce = sizeof(Bytes);
 
-// Transposes 8 keys x 32 dimensions of bytes into columns of 8 fp32.
-constexpr int kDimsAtOnce = 32;
+// Transposes 8 keys x kDimsAtOnce dimensions of bytes into columns of 8 fp32.
 inline void load_8_keys(const uint8_t* const* keys, int dim, float* column) {
-  __m256i r[8], t[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_si256((const __m256i*)(keys[i] + dim));
+  Bytes r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = load_bytes(keys[i] + dim);
   for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm256_unpacklo_epi8(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_epi8(r[2 * i], r[2 * i + 1]);
+    t[2 * i] = MISA_WIDEST(unpacklo_epi8)(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = MISA_WIDEST(unpackhi_epi8)(r[2 * i], r[2 * i + 1]);
   }
   for (int i = 0; i < 2; ++i) {
-    r[4 * i] = _mm256_unpacklo_epi16(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm256_unpackhi_epi16(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm256_unpacklo_epi16(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm256_unpackhi_epi16(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i] = MISA_WIDEST(unpacklo_epi16)(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = MISA_WIDEST(unpackhi_epi16)(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = MISA_WIDEST(unpacklo_epi16)(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = MISA_WIDEST(unpackhi_epi16)(t[4 * i + 1], t[4 * i + 3]);
   }
   for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm256_unpacklo_epi32(r[i], r[i + 4]);
-    t[2 * i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 4]);
+    t[2 * i] = MISA_WIDEST(unpacklo_epi32)(r[i], r[i + 4]);
+    t[2 * i + 1] = MISA_WIDEST(unpackhi_epi32)(r[i], r[i + 4]);
   }
-  // t[i]: dimensions 2i and 2i + 1 in the low half, 16 + 2i and 17 + 2i in the high half, 8 keys each
+  // t[i]: dimensions 16g + 2i and 16g + 2i + 1 in its 128 bits g, 8 keys each
   for (int i = 0; i < 8; ++i) {
-    const __m256i even = words_to_half(_mm256_unpacklo_epi8(_mm256_setzero_si256(), t[i]));
-    const __m256i odd = words_to_half(_mm256_unpackhi_epi8(_mm256_setzero_si256(), t[i]));
     float* to = column + (int64_t)(dim + 2 * i) * kPanelKeys;
-    _mm256_storeu_ps(to, low_to_float(even));
-    _mm256_storeu_ps(to + kPanelKeys, low_to_float(odd));
-    _mm256_storeu_ps(to + 16 * kPanelKeys, high_to_float(even));
-    _mm256_storeu_ps(to + 17 * kPanelKeys, high_to_float(odd));
+    store_columns(MISA_WIDEST(unpacklo_epi8)(Bytes{}, t[i]), to);
+    store_columns(MISA_WIDEST(unpackhi_epi8)(Bytes{}, t[i]), to + kPanelKeys);
   }
 }
-
-#endif
+#undef MISA_WIDEST
 
 void load_keys(const uint8_t* const* keys, int panel_count, float* panels) {
   for (int i = 0; i < panel_count * kPanelKeys; i += 8) {
