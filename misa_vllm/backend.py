@@ -48,6 +48,7 @@ class MISAMetadataBuilder(AttentionMetadataBuilder[MISAMetadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.settings = settings_for(vllm_config)
+        self.kernels = choose_kernels("cpu")
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -55,18 +56,16 @@ class MISAMetadataBuilder(AttentionMetadataBuilder[MISAMetadata]):
         common = common_attn_metadata
         tokens = common.num_actual_tokens
         query_lens = common.query_start_loc_cpu[1:] - common.query_start_loc_cpu[:-1]
-        request = torch.repeat_interleave(torch.arange(len(query_lens), dtype=torch.int32), query_lens)
-        # a request's last query sees all of it, the one before one token less, ...
-        to_end = common.query_start_loc_cpu[1:][request.long()] - torch.arange(len(request), dtype=torch.int32)
-        visible = (common.seq_lens[request.long()] - to_end + 1).to(torch.int32)
+        lengths = common.seq_lens[: len(query_lens)]
+        request, visible = self.kernels.address_rows(common.query_start_loc_cpu, lengths, tokens)
         rows = QueryRows(
             block_table=common.block_table_tensor,
-            request=request[:tokens],
-            visible=visible[:tokens],
+            request=request,
+            visible=visible,
             max_visible=int(visible.max()) if len(visible) else 0,
             min_visible=int(visible.min()) if len(visible) else 0,
         )
-        last = common.seq_lens[: len(query_lens)].numpy()
+        last = lengths.numpy()
         metrics.count_queries(self.settings, last - query_lens.numpy() + 1, last)
         return MISAMetadata(
             num_actual_tokens=tokens,

@@ -22,23 +22,6 @@ FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 NO_TOKEN = -1
 
 
-# ---------------------------------------------------------------- rows
-
-
-def address_rows(starts: torch.Tensor, lengths: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The request and the number of visible keys of each of a step's tokens, [tokens] int32 each.
-
-    starts [R + 1] int32: request r's tokens are starts[r] .. starts[r + 1] - 1, the last of which sees all of its
-    lengths[r] [R] int32 keys, the one before one key less, and so on. Tokens behind the last start are padding:
-    they see nothing.
-    """
-    token = torch.arange(tokens, dtype=torch.int32, device=starts.device)
-    request = torch.searchsorted(starts[1:], token, right=True, out_int32=True).clamp_(max=len(lengths) - 1)
-    to_end = starts[1:][request] - token
-    visible = torch.where(to_end > 0, lengths[request] - to_end + 1, 0).clamp_(min=0)
-    return request, visible.to(torch.int32)
-
-
 # ---------------------------------------------------------------- index keys
 
 
@@ -215,6 +198,15 @@ def _requests(rows: QueryRows):
     for request in rows.request[rows.visible > 0].unique().tolist():
         members = torch.nonzero((rows.request == request) & (rows.visible > 0)).flatten()
         yield members, rows.block_table[request], int(rows.visible[members].max())
+
+
+def address_rows(starts: torch.Tensor, lengths: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `misa_vllm.kernels.Kernels.address_rows`."""
+    token = torch.arange(tokens, dtype=torch.int32, device=starts.device)
+    request = torch.searchsorted(starts[1:], token, right=True, out_int32=True).clamp_(max=len(lengths) - 1)
+    to_end = starts[1:][request] - token
+    visible = torch.where(to_end > 0, lengths[request] - to_end + 1, 0).clamp_(min=0)
+    return request, visible.to(torch.int32)
 
 
 def route_heads(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode
 
-from misa_vllm import metrics
+from misa_vllm import metrics, reference
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ class Indexer:
     """Stands in for a layer's indexer and notes what it is asked for."""
 
     observer = None
+    kernels = reference
 
     def __init__(self):
         self.settings = Namespace(routes_heads=True, topk=4)

@@ -44,6 +44,17 @@ class Kernels(Protocol):
     """
 
     @staticmethod
+    def address_rows(
+        starts: torch.Tensor, lengths: torch.Tensor, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`QueryRows.request` and `QueryRows.visible` of a step's tokens, [tokens] int32 each.
+
+        starts [R + 1] int32: request r's tokens are starts[r] .. starts[r + 1] - 1, the last of which sees all of its
+        lengths[r] [R] int32 keys, the one before one key less, and so on. Tokens behind the last start are padding:
+        they see nothing.
+        """
+
+    @staticmethod
     def update_page_means(index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Recompute the mean of every page that this step wrote to, from the page's keys.
 

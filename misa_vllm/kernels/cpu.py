@@ -11,6 +11,7 @@ import torch
 from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_TOKENS, STOCK_PAGE_BYTES
 from misa_vllm.kernels.checks import Demands, IndexerChecks, at_least
 from misa_vllm.kernels.extension import Extension
+from misa_vllm.reference import address_rows as address_rows  # a few integers a token
 from misa_vllm.rows import QueryRows
 
 _DEMANDS = Demands("cpu", max_heads=256, query_alignment=1, page_alignment=4, contiguous_lists=False)

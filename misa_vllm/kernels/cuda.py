@@ -8,6 +8,7 @@ earlier wins.
 import torch
 
 from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_TOKENS
+from misa_vllm.kernels import triton
 from misa_vllm.kernels.checks import Demands, IndexerChecks
 from misa_vllm.kernels.extension import Extension
 from misa_vllm.rows import QueryRows
@@ -38,6 +39,11 @@ def why_unavailable(device: torch.device) -> str | None:
     if capability != (9, 0):
         return f"they are built for sm_90 (Hopper), this GPU is sm_{capability[0]}{capability[1]}"
     return _EXTENSION.failure
+
+
+def address_rows(starts: torch.Tensor, lengths: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `misa_vllm.kernels.Kernels.address_rows`. Triton's: once a step, a few integers a token."""
+    return triton.address_rows(starts, lengths, tokens)
 
 
 def update_page_means(index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:

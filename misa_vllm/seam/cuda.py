@@ -10,8 +10,8 @@ from vllm.model_executor.layers.sparse_attn_indexer import PrefillRowShard, _res
 from vllm.models.deepseek_v32 import attention
 from vllm.v1.attention.backends.mla.indexer import DeepseekV32IndexerBackend, DeepseekV32IndexerMetadataBuilder
 
-from misa_vllm import metrics, reference
-from misa_vllm.kernels import triton as triton_kernels
+from misa_vllm import metrics
+from misa_vllm.kernels import Kernels
 from misa_vllm.rows import QueryRows
 from misa_vllm.seam import settings_for
 
@@ -44,7 +44,7 @@ class IndexStorageWithRows(DeepseekV32IndexerBackend):
         return MetadataBuilderWithRows
 
 
-def _query_rows(forward_context, metadata, max_model_len: int):
+def _query_rows(forward_context, metadata, kernels: Kernels, max_model_len: int):
     """`QueryRows` of a step on CUDA, computed by its first layer and shared by the others.
 
     They live as long as the forward context, of which each step has its own, and so has each pass of a draft model,
@@ -54,8 +54,9 @@ def _query_rows(forward_context, metadata, max_model_len: int):
     """
     cache = forward_context.__dict__.setdefault("misa_rows", {})
     if id(metadata) not in cache:
-        by = triton_kernels if metadata.seq_lens.is_cuda else reference
-        request, visible = by.address_rows(metadata.query_start_loc, metadata.seq_lens, len(metadata.slot_mapping))
+        request, visible = kernels.address_rows(
+            metadata.query_start_loc, metadata.seq_lens, len(metadata.slot_mapping)
+        )
         capturing = torch.cuda.is_current_stream_capturing()
         cache[id(metadata)] = QueryRows(
             block_table=metadata.block_table,
@@ -108,7 +109,8 @@ def extend_fused_indexer(index_cache_class: type) -> None:
         if indexer is None or not indexer.settings.routes_heads:
             selected = stock(hidden_states, k_cache_prefix, kv_cache, q_quant, q_scale, k, weights, *args, **kwargs)
             if indexer is not None and indexer.observer and isinstance(forward_context.attn_metadata, dict):
-                rows = _query_rows(forward_context, forward_context.attn_metadata[k_cache_prefix], max_model_len)
+                metadata = forward_context.attn_metadata[k_cache_prefix]
+                rows = _query_rows(forward_context, metadata, indexer.kernels, max_model_len)
                 part = slice(0, len(rows))
                 indexer.observe(q_quant[part], weights[part], cache.index_cache, rows, topk_indices_buffer[part])
             return selected
@@ -121,7 +123,7 @@ def extend_fused_indexer(index_cache_class: type) -> None:
         indexer.update_statistics(cache.index_cache, metadata.slot_mapping)
         if _scoring_is_skipped(forward_context, kwargs["dense_mha_metadata_layer_name"]):
             return topk_indices_buffer
-        rows = _query_rows(forward_context, metadata, max_model_len)
+        rows = _query_rows(forward_context, metadata, indexer.kernels, max_model_len)
 
         def select(start: int, stop: int) -> None:
             part = slice(start, stop)

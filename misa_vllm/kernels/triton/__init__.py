@@ -10,12 +10,12 @@ import importlib.util
 import torch
 
 _OPERATIONS = {
+    "address_rows": "address",
     "update_page_means": "page_means",
     "route_heads": "route",
     "select_tokens": "select",
     "rerank_tokens": "rerank",
     "workspace_bytes": "select",
-    "address_rows": "address",  # not part of the contract: vLLM's metadata on CUDA becomes rows by it
 }
 
 

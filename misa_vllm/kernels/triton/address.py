@@ -6,7 +6,7 @@ import triton.language as tl
 
 
 def address_rows(starts: torch.Tensor, lengths: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `misa_vllm.reference.address_rows`."""
+    """See `misa_vllm.kernels.Kernels.address_rows`."""
     request = torch.empty(tokens, dtype=torch.int32, device=starts.device)
     visible = torch.empty_like(request)
     requests = lengths.shape[0]
