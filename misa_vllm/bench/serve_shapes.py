@@ -1,7 +1,7 @@
 """Engines on a GPU: time to first token and decode speed of models with the shapes of DeepSeek-V3.2 and GLM-5.
 
 Each model has 4 dense layers and random weights, made from a config.json alone; they are drawn so that activations keep
-an ordinary size (vLLM's own dummy weights make every index score about 2^-50, which no selection is made for). Every
+an ordinary size (vLLM's own dummy weights make index scores far smaller than any selection is made for). Every
 engine runs in a process of its own, stock vLLM first and ours after it, on the same prompts. Time to first token is
 that of one request with an empty prefix cache; decode speed is taken between the 2nd and the 66th token of requests
 whose prompts are in the prefix cache. Medians of several runs each. "over stock" is the time of the stock engine over
