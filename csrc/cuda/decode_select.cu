@@ -3,12 +3,17 @@
 // Adjacent rows of one request are scored together, as one item. Items are cut into chunks of pages, so that every CTA
 // gets one; only if there are more items than CTAs, CTAs work on several chunks in turn. Pages arrive by the copy
 // engine in a ring of stages that runs on over the ends of chunks, so that keys arrive while the CTA selects. The
-// warpgroups take pages in turn, and the scores stay in shared memory as order-preserving integers. When they fill it, only the k
-// best are kept and scoring goes on. CTAs that share a row select together (row_selection.cuh).
+// warpgroups take pages in turn, and the scores stay in shared memory as order-preserving integers. When they fill it,
+// only the best are kept and scoring goes on. CTAs that share a row select together (row_selection.cuh).
+//
+// Where heads are routed, that is done in the same launch, while the first pages arrive (decode_router.cuh).
 #include <algorithm>
+#include <atomic>
+#include <random>
 
 #include "common/ptx.cuh"
 #include "common/select.cuh"
+#include "decode_router.cuh"
 #include "key_scores.cuh"
 #include "row_selection.cuh"
 #include "tensor_map.h"
@@ -23,12 +28,15 @@ constexpr int kMaxRows = 1024;
 constexpr int kFewestPages = 8;  // of a chunk: two for each warpgroup
 constexpr int kKeyTileBytes = kPageTokens * kHeadDim;
 constexpr int kScaleTileBytes = kPageTokens * 4;
-constexpr int kStageBytes = kKeyTileBytes + kScaleTileBytes + 8;  // keys, scales, barrier
+constexpr int kTileAlignment = 1024;
+constexpr int kMostStages = 4 * kWarpgroups, kManyStages = 3 * kWarpgroups, kGoodStages = 2 * kWarpgroups;
 constexpr int kMaxSharedBytes = 227 * 1024;
-constexpr int kStaticSharedBytes = 1024;  // what the kernel declares itself
 constexpr int kScratchWords = 2 * kListedKeys;
+constexpr int kPooledBlocks = 64;  // at a time, where a segment has no more
+constexpr int kMoreKept = 512;  // keys besides the k best that a single row keeps after a round: no exact cut is needed
 
 using Selection = RowSelection<kThreads>;
+using Router = DecodeRouter<kThreads>;
 
 struct SelectArguments {
   QueryHeads queries;
@@ -41,7 +49,9 @@ struct SelectArguments {
   int stages;         // a multiple of kWarpgroups, so that every stage belongs to one warpgroup
   int pool_words;     // for the keys of a chunk's rows
   int rows_per_item;  // at most
-  bool row_is_slot;   // of the exchange
+  bool row_is_slot;  // of the exchange
+  bool drops_low, exchanges_keys;
+  RouteSettings route;
   Exchange exchange;
 
   __device__ bool scores(int visible) const {
@@ -54,20 +64,39 @@ struct Item {
 };
 
 /// A CTA's part of an item. `begin`: the CTA's pages before it.
-struct Chunk {
-  int row, rows, request;
+struct Chunk : RankOfRows {
   int first_page, pages, begin;
-  int first_chunk, rank, ranks;
-  int slot;  // of its first row in the exchange
+  int first_chunk;
+  int item_pages;
+  bool is_short;  // the ranks exchange keys
 };
+
+/// Of each of a chunk's rows in the pool: the positions of the keys that are kept from earlier rounds, then keys.
+struct Room {
+  int row_words, kept_words, capacity;
+  int best_kept, most_kept;
+  int next;  // where the keys and positions to be kept are gathered
+};
+
+__device__ __forceinline__ Room room_of(const SelectArguments& args, const Chunk& chunk, int rows) {
+  Room room;
+  room.best_kept = (args.k + 3) / 4 * 4;
+  room.most_kept = room.best_kept + (rows == 1 ? kMoreKept : 0);
+  const bool fits = chunk.pages * kPageTokens <= args.pool_words / rows / kPageTokens * kPageTokens;
+  const int next_words = fits || 2 * room.best_kept <= kScratchWords ? 0 : 2 * room.best_kept;
+  room.next = next_words == 0 ? -kScratchWords : args.pool_words - next_words;  // the scratch precedes the pool
+  room.row_words = chunk.is_short ? chunk.pages * kPageTokens
+                                  : (args.pool_words - next_words) / rows / kPageTokens * kPageTokens;
+  room.kept_words = fits ? 0 : room.most_kept;
+  room.capacity = (room.row_words - room.kept_words) / kPageTokens * kPageTokens;
+  return room;
+}
 
 /// Shared by the block.
 struct Plan {
   int items, chunks, pages;
   bool is_feasible[4][kThreads / 32];
 };
-
-__device__ __forceinline__ int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
 
 /// The first warp groups adjacent rows of one request into items; returns how many.
 __device__ __forceinline__ int find_items(
@@ -131,7 +160,7 @@ __device__ __forceinline__ int choose_chunk_pages(const Item* items, Plan& plan)
 
 /// The first warp finds the CTA's chunks. An item has at most as many chunks as there are CTAs, so none is in it twice.
 __device__ __forceinline__ void find_chunks(
-    const int* request, const Item* items, int chunk_pages, bool row_is_slot, Chunk* chunks, Plan& plan) {
+    const SelectArguments& args, const int* request, const Item* items, int chunk_pages, Chunk* chunks, Plan& plan) {
   const int lane = threadIdx.x, ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
   int before = 0, split_before = 0;
   for (int base = 0; base < plan.items; base += 32) {
@@ -148,11 +177,14 @@ __device__ __forceinline__ void find_chunks(
     const int rank = ((cta - first) % ctas + ctas) % ctas;
     const uint32_t split = __ballot_sync(~0u, ranks > 1);
     if (rank < ranks) {
-      const int first_page = rank * item.pages / ranks;
+      const int first_page = rank * item.pages / ranks, keys = item.pages * kPageTokens;
+      // all keys of one row besides all ranks' share of every row: the same answer for each rank
+      const bool is_short = args.exchanges_keys && ranks > 1 && keys <= kExchangedKeys &&
+                            keys + (ceil_div(item.pages, ranks) * item.rows) * kPageTokens <= args.pool_words;
       chunks[(first + rank) / ctas] = {
-          item.row, item.rows, request[item.row], first_page, (rank + 1) * item.pages / ranks - first_page, 0, first,
-          rank, ranks,
-          row_is_slot ? item.row : kRowsPerItem * (split_before + __popc(split & ((1u << lane) - 1)))};
+          {item.row, item.rows, request[item.row], rank, ranks,
+           args.row_is_slot ? item.row : kRowsPerItem * (split_before + __popc(split & ((1u << lane) - 1)))},
+          first_page, (rank + 1) * item.pages / ranks - first_page, 0, first, item.pages, is_short};
     }
     before += __shfl_sync(~0u, inclusive, 31);
     split_before += __popc(split);
@@ -170,23 +202,37 @@ __device__ __forceinline__ void find_chunks(
   }
 }
 
+/// The block's shared memory begins with it; scratch, pool, tiles of keys and chunks follow.
 template <int kHeads>
+struct Fixed {
+  using Layout = HeadLayout<kHeads>;
+  alignas(kTileAlignment) char query[Layout::kQueryBytes];
+  char scale_tiles[kMostStages][kScaleTileBytes];
+  Selection::Shared selection;
+  alignas(8) uint64_t full[kMostStages];
+  int first_ids[kMostStages];  // each for the thread that wrote it
+  int32_t routed_heads[Layout::kRows * kHeads];
+  RowPart parts[Layout::kRows];
+  Plan plan;
+  Room room;
+};
+
+template <int kHeads, bool kRoutes>
 __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     const __grid_constant__ CUtensorMap key_map, const __grid_constant__ SelectArguments args) {
   using Layout = HeadLayout<kHeads>;
   extern __shared__ __align__(1024) char shared[];
-  __shared__ Plan plan;
-  __shared__ RowPart parts[Layout::kRows];
+  auto& fixed = *reinterpret_cast<Fixed<kHeads>*>(shared);
+  Plan& plan = fixed.plan;
+  uint64_t* full = fixed.full;
   const int stages = args.stages, k = args.k;
-  char* key_tiles = shared;
-  char* query = key_tiles + stages * kKeyTileBytes;
-  char* scale_tiles = query + Layout::kQueryBytes;
-  auto* scratch = reinterpret_cast<uint32_t*>(scale_tiles + stages * kScaleTileBytes);
+  auto* scratch = reinterpret_cast<uint32_t*>(shared + sizeof(fixed));
   auto* pool = scratch + kScratchWords;
-  auto& selection_shared = *reinterpret_cast<Selection::Shared*>(pool + args.pool_words);
-  auto* full = reinterpret_cast<uint64_t*>(&selection_shared + 1);
-  auto* chunks = reinterpret_cast<Chunk*>(full + stages);
+  char* key_tiles = reinterpret_cast<char*>(pool + args.pool_words);
+  auto* chunks = reinterpret_cast<Chunk*>(key_tiles + stages * kKeyTileBytes);
 
+  if (threadIdx.x == 0) ptx::prefetch_tensor_map(&key_map);
+  ptx::wait_for_previous_kernel();
   {
     int* visible = reinterpret_cast<int*>(pool);  // the pool is still unused
     int* request = visible + args.rows.count;
@@ -206,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     }
     __syncthreads();
     const int chunk_pages = choose_chunk_pages(items, plan);
-    if (threadIdx.x < 32) find_chunks(request, items, chunk_pages, args.row_is_slot, chunks, plan);
+    if (threadIdx.x < 32) find_chunks(args, request, items, chunk_pages, chunks, plan);
     for (int row = blockIdx.x; row < args.rows.count; row += gridDim.x) {
       const int seen = visible[row];
       if (seen > k || seen < args.visible_from || seen >= args.visible_to) continue;
@@ -214,78 +260,116 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     }
     __syncthreads();
   }
-  const int page_count = plan.pages, chunk_count = plan.chunks;
-  if (chunk_count == 0) return;
+  if (plan.chunks == 0) return;
 
   // pages are numbered from this CTA's first; a warpgroup takes every kWarpgroups-th
-  int chunk_of_id = 0;
-  const auto id_of = [&](int page) {
-    while (page >= chunks[chunk_of_id].begin + chunks[chunk_of_id].pages) ++chunk_of_id;
-    const Chunk& chunk = chunks[chunk_of_id];
+  const auto id_of = [&](int page, const Chunk* from) {
+    while (page >= from->begin + from->pages) ++from;
+    const Chunk& chunk = *from;
     return args.rows.block_table[chunk.request * args.rows.table_stride + chunk.first_page + page - chunk.begin];
   };
   const auto load_page = [&](int stage, int id) {
     ptx::mbarrier_arrive_expect_tx(&full[stage], kKeyTileBytes + kScaleTileBytes);
     ptx::tma_load_3d(key_tiles + stage * kKeyTileBytes, &key_map, 0, 0, id, &full[stage]);
     ptx::bulk_load(
-        scale_tiles + stage * kScaleTileBytes, args.cache.page(id) + kScalesOffset, kScaleTileBytes, &full[stage]);
+        fixed.scale_tiles[stage], args.cache.page(id) + kScalesOffset, kScaleTileBytes, &full[stage]);
   };
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-  if (thread < stages / kWarpgroups) {
+  const auto for_first_pages = [&](auto visit) {
     const int page = thread * kWarpgroups + warpgroup;
-    if (page < page_count) load_page(page, id_of(page));
+    if (thread < stages / kWarpgroups && page < plan.pages) visit(page);
+  };
+  if constexpr (kRoutes) {
+    for_first_pages([&](int page) { fixed.first_ids[page] = id_of(page, chunks); });
+  } else {
+    for_first_pages([&](int page) { load_page(page, id_of(page, chunks)); });
   }
-  int page = warpgroup, stage = warpgroup;
-  uint32_t parity = 0;
-  // the page that gets the stage which is read next; its id is fetched one page earlier than it is needed
-  int refill = thread == 0 ? warpgroup + stages : page_count;
-  int refill_id = refill < page_count ? id_of(refill) : 0;
 
-  Selection selection(args.exchange, selection_shared, reinterpret_cast<uint64_t*>(scratch));
+  const auto make_selection = [&](int zero) {
+    return Selection(args.exchange, (&fixed.selection)[zero], reinterpret_cast<uint64_t*>(scratch + zero), pool + zero);
+  };
+  for (int number = 0; number < plan.chunks; ++number) {
+    Selection selection = make_selection(0);
+    const Chunk& chunk = chunks[number];
+    if (chunk.ranks > 1 && chunk.rank == 0) {
+      const int keys = chunk.item_pages * kPageTokens;
+      selection.prepare(
+          chunk.slot, chunk.rows, chunk.first_chunk, chunk.ranks, chunk.is_short ? keys : 0,
+          kRoutes ? Router::partial_words(keys) : 0);
+    }
+  }
   const int key_of_thread = thread / 32 * 16 + thread % 32 / 4;
   const int row_of_lane = Layout::row_of_lane();
-  for (int number = 0; number < chunk_count; ++number) {
-    const Chunk chunk = chunks[number];
-    const QueryHeads queries = args.queries.from_row(chunk.row);
-    store_query<kHeads>(query, queries, chunk.rows);
-    float gate[Layout::kHeadsPerLane];
-    load_gates<kHeads>(gate, queries, chunk.rows);
-    const bool has_result = Layout::has_result(chunk.rows);
-    const int visible = has_result ? args.rows.visible[chunk.row + row_of_lane] : 0;
+  for (int number = 0; number < plan.chunks; ++number) {
+    const Chunk& chunk = chunks[number];  // not a copy: registers are short
+    const auto rows = [&] { return Layout::kRows == 1 ? 1 : chunk.rows; };
+    const auto await = [&] {
+      if (kRoutes && number == 0) {  // after the first means, as they are needed first
+        for_first_pages([&](int page) { load_page(page, fixed.first_ids[page]); });
+      }
+      if (chunk.ranks > 1) make_selection(0).await_prepared(chunk.slot, rows());
+    };
+    if constexpr (kRoutes) {
+      Router router(
+          args.route, args.cache, args.rows, args.queries, args.exchange, reinterpret_cast<char*>(scratch));
+      router.route(chunk, fixed.routed_heads, kHeads, await);
+      __syncthreads();
+    } else {
+      await();
+    }
+    // routing needs the registers: the compiler must not see that addresses are the same for every chunk
+    Selection selection = make_selection(ptx::opaque(0));
+    const auto queries = [&] {
+      QueryHeads from = args.queries.from_row(chunk.row);
+      if constexpr (kRoutes) {
+        from.heads = fixed.routed_heads;
+        from.heads_stride = kHeads;
+        from.count = args.route.active_heads;
+      }
+      return from;
+    };
+    // the warpgroup's first page in the chunk
+    int page = chunk.begin + (warpgroup - chunk.begin & (kWarpgroups - 1));
+    int stage = page % stages;
+    uint32_t parity = page / stages & 1;
+    // of the page that gets the stage which is read next: fetched one page earlier than it is needed
+    int refill_id = thread == 0 && page + stages < plan.pages ? id_of(page + stages, &chunk) : 0;
+    store_query<kHeads>(fixed.query, queries(), rows());
+    const bool has_result = Layout::has_result(rows());
+    const int pages_before = chunk.first_page - chunk.begin;  // of the row, before the CTA's page 0
+    // counted from the CTA's page 0
+    const int visible = has_result ? args.rows.visible[chunk.row + row_of_lane] - pages_before * kPageTokens : 0;
 
-    // each row's part of the pool: the positions of the keys kept from earlier rounds, then keys
-    const int most_kept = (k + 3) / 4 * 4;
-    const bool fits = chunk.pages * kPageTokens <= args.pool_words / chunk.rows / kPageTokens * kPageTokens;
-    const int next_words = fits || 2 * most_kept <= kScratchWords ? 0 : 2 * most_kept;
-    uint32_t* next_keys = next_words == 0 ? scratch : pool + args.pool_words - next_words;
-    uint32_t* next_positions = next_keys + most_kept;
-    const int row_words = (args.pool_words - next_words) / chunk.rows / kPageTokens * kPageTokens;
-    const int kept_words = fits ? 0 : most_kept;
-    const int capacity = (row_words - kept_words) / kPageTokens * kPageTokens;
-    const auto positions_of = [&](int row) { return pool + row * row_words; };
-    const auto keys_of = [&](int row) { return pool + row * row_words + kept_words; };
-    uint32_t* my_keys = keys_of(row_of_lane);
-    const bool counts = fits && chunk.rows == 1;
+    const bool counts = rows() == 1;
+    if (threadIdx.x == 0) fixed.room = room_of(args, chunk, rows());
+    const Room& room = fixed.room;
+    const auto positions_of = [&](int row) { return pool + row * room.row_words; };
+    const auto keys_of = [&](int row) { return pool + row * room.row_words + room.kept_words; };
     if (counts) selection.clear();
     __syncthreads();
+    const auto next_keys = [&] { return pool + room.next; };
+    const auto next_positions = [&] { return pool + room.next + room.best_kept; };
+    uint32_t* my_keys = keys_of(row_of_lane);
 
-    const int end = chunk.begin + chunk.pages;
+    const auto end = [&] { return chunk.begin + chunk.pages; };
     int held = 0;  // keys of each row kept from earlier rounds
     for (int round_first = chunk.begin;;) {
-      const int round_last = min(end, round_first + (capacity - held) / kPageTokens);
+      const int round_last = min(end(), round_first + (room.capacity - held) / kPageTokens);
+      float gate[Layout::kHeadsPerLane];  // anew in every round, as a selection needs the registers
+      load_gates<kHeads>(gate, queries(), rows());
       for (; page < round_last; page += kWarpgroups) {
-        const auto* scales = reinterpret_cast<const float*>(scale_tiles + stage * kScaleTileBytes);
+        const auto* scales = reinterpret_cast<const float*>(fixed.scale_tiles[stage]);
         float d[Layout::kColumns / 2];
         ptx::mbarrier_wait(&full[stage], parity);
-        start_tile<kHeads>(d, key_tiles + stage * kKeyTileBytes, query);
+        start_tile<kHeads>(d, key_tiles + stage * kKeyTileBytes, fixed.query);
         const float scale[2] = {scales[key_of_thread], scales[key_of_thread + 8]};
         ptx::wgmma_wait<0>();
         ptx::pin_registers(d);
         sync_warpgroup(warpgroup);
-        if (refill < page_count) {
+        const int refill = page + stages;
+        if (thread == 0 && refill < plan.pages) {
           load_page(stage, refill_id);
-          refill += kWarpgroups;
-          if (refill < page_count) refill_id = id_of(refill);
+          if (refill + kWarpgroups < plan.pages) refill_id = id_of(refill + kWarpgroups, &chunk);
         }
         stage += kWarpgroups;
         if (stage >= stages) {
@@ -299,8 +383,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int offset = key_of_thread + 8 * half;
-            const int position = (page - chunk.begin + chunk.first_page) * kPageTokens + offset;
-            const uint32_t key = position < visible ? order_key(sum[half] * scale[half]) : 0;
+            const uint32_t key = page * kPageTokens + offset < visible ? order_key(sum[half] * scale[half]) : 0;
             my_keys[held + (page - round_first) * kPageTokens + offset] = key;
             if (counts) selection.count(key);
           }
@@ -309,12 +392,12 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       const int filled = held + (round_last - round_first) * kPageTokens;
       const int padded = (filled + 3) / 4 * 4;
       const int first_position = (round_first - chunk.begin + chunk.first_page) * kPageTokens;
-      if (threadIdx.x < chunk.rows) {
-        RowPart& part = parts[threadIdx.x];
+      if (threadIdx.x < rows()) {
+        RowPart& part = fixed.parts[threadIdx.x];
         uint32_t* keys = keys_of(threadIdx.x);
         for (int i = filled; i < padded; ++i) keys[i] = 0;
-        part.keys = keys;
-        part.positions = positions_of(threadIdx.x);
+        part.keys = static_cast<int>(keys - pool);
+        part.positions = static_cast<int>(positions_of(threadIdx.x) - pool);
         part.count = padded;
         part.listed_positions = held;
         part.later_offset = first_position - held;
@@ -326,70 +409,117 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         part.row_in_item = threadIdx.x;
       }
       __syncthreads();
-      if (round_last == end) break;
-      for (int row = 0; row < chunk.rows; ++row) {
-        RowPart& part = parts[row];
-        selection.count_all(part);
-        const int selected = selection.select(part, k, [&](int place, int i) {
-          next_keys[place] = part.keys[i];
-          next_positions[place] = part.position(i);
-        });
-        __syncthreads();
-        for (int i = threadIdx.x; i < k; i += kThreads) {
-          const bool is_key = i < selected;
-          keys_of(row)[i] = is_key ? next_keys[i] : 0;
-          positions_of(row)[i] = is_key ? next_positions[i] : first_position + filled - held;
+      const bool is_last = round_last == end();
+      const int next_position = first_position + filled - held;  // what no key has, and none is behind it
+      if (!is_last && counts && args.drops_low) {
+        const int kept = selection.drop_low(fixed.parts[0], k, room.most_kept);
+        if (kept <= room.most_kept) {
+          for (int i = kept + threadIdx.x; i < room.most_kept; i += kThreads) {
+            keys_of(0)[i] = 0;
+            positions_of(0)[i] = next_position;
+          }
+          held = room.most_kept;
+          round_first = round_last;
+          __syncthreads();
+          continue;
         }
-        __syncthreads();
       }
-      held = k;
-      round_first = round_last;
-    }
-
-    if (chunk.ranks == 1) {
-      for (int row = 0; row < chunk.rows; ++row) {
-        RowPart& part = parts[row];
-        if (!counts) selection.count_all(part);
-        int32_t* out = part.out;
-        selection.select(part, k, [&](int place, int i) { out[place] = static_cast<int32_t>(part.position(i)); });
-        __syncthreads();
+      const bool enters = is_last && chunk.ranks > 1 && !chunk.is_short;
+      if (chunk.is_short) {
+        for (int row = 0; row < rows(); ++row) selection.publish_keys(fixed.parts[row], first_position);
       }
-    } else {
-      for (int row = 0; row < chunk.rows; ++row) {
-        if (!counts) {
-          selection.count_all(parts[row]);
+      for (int row = 0; row < rows(); ++row) {
+        RowPart& part = fixed.parts[row];
+        uint32_t left_before = 0;
+        if (chunk.is_short) {
+          if (!counts) {
+            selection.clear();
+            __syncthreads();
+          }
+          const int all = chunk.item_pages * kPageTokens;
+          uint32_t* all_keys = pool + rows() * room.row_words;
+          selection.collect_keys(part, first_position, all, counts, all_keys);
+          __syncthreads();
+          if (threadIdx.x == 0) {
+            left_before = selection.leave(part);
+            part.keys = static_cast<int>(all_keys - pool);
+            part.count = all;
+            part.later_offset = 0;
+          }
+        } else if (!counts) {
+          selection.count_all(part);
           __syncthreads();
         }
-        selection.enter(parts[row], k);
+        if (enters) {
+          selection.enter(part, k);
+          continue;
+        }
+        // of a row whose keys have been collected, this rank writes what it scored
+        const int first = chunk.is_short ? first_position : 0;
+        const uint32_t own = chunk.is_short ? room.row_words : ~0u;
+        const int selected = selection.select(part, k, [&](int place, int i) {
+          if (static_cast<uint32_t>(i - first) >= own) return;
+          const uint32_t position = selection.position(part, i);
+          if (is_last) {
+            part.out[place] = static_cast<int32_t>(position);
+          } else {
+            next_keys()[place] = selection.key(part, i);
+            next_positions()[place] = position;
+          }
+        });
+        __syncthreads();
+        if (chunk.is_short && threadIdx.x == 0) selection.has_left(part, left_before);
+        if (is_last) continue;
+        for (int i = threadIdx.x; i < room.most_kept; i += kThreads) {
+          const bool is_key = i < selected;
+          keys_of(row)[i] = is_key ? next_keys()[i] : 0;
+          positions_of(row)[i] = is_key ? next_positions()[i] : next_position;
+        }
+        if (counts) {
+          selection.clear();
+          __syncthreads();
+          for (int i = threadIdx.x; i < selected; i += kThreads) selection.count(keys_of(row)[i]);
+        }
+        __syncthreads();
       }
-      for (bool any = true; any;) {
+      for (bool any = enters; any;) {
         any = false;
-        for (int row = 0; row < chunk.rows; ++row) {
-          if (!parts[row].active) continue;
-          selection.advance(parts[row]);
+        for (int row = 0; row < rows(); ++row) {
+          if (!fixed.parts[row].active) continue;
+          selection.advance(fixed.parts[row], counts);
           any = true;
         }
       }
+      if (is_last) break;
+      held = room.most_kept;
+      round_first = round_last;
     }
   }
 }
 
 // ---------------------------------------------------------------- launch
 
+// What of the newer versions is in force, so that a wrong prediction can be told from the others. Whether a cooperative
+// launch may overlap the kernel before it is not documented: both at once are not the default.
+constexpr int kCooperative = 1, kOverlaps = 2, kDropsLow = 4;
+constexpr int kSameSignature = 8;  // for tests: of all launches, as in a graph that is replayed
+constexpr int kExchangesKeys = 16, kMoreStages = 32;
+int variant = kCooperative | kDropsLow | kExchangesKeys | kMoreStages;
+
 int64_t align(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
 /// Where the exchange lies in the workspace, and how long that is. A split item has fewer pages than the others of at
 /// least its number of CTAs, so there are fewer of them than CTAs.
 struct Workspace {
-  int64_t slots, rows, more_counts, lists, counts, bytes;
+  int64_t slots, rows, buffers, counts, partials, bytes;
 
-  Workspace(int64_t row_count, int64_t ctas) {
+  Workspace(int64_t row_count, int64_t ctas, int64_t partial_words) {
     slots = std::min(row_count, kRowsPerItem * ctas);
     rows = 0;
-    more_counts = align(rows + slots * static_cast<int64_t>(sizeof(RowShared)));
-    lists = more_counts + slots * 2 * kDigits * 4;
-    counts = lists + slots * kListedKeys * 8;
-    bytes = align(counts + (row_count + ctas) * kRowsPerItem * 2 * 4);
+    buffers = align(rows + slots * static_cast<int64_t>(sizeof(RowShared)));
+    counts = align(buffers + slots * static_cast<int64_t>(sizeof(RowBuffers)));
+    partials = align(counts + (row_count + ctas) * kRowsPerItem * 2 * 4);
+    bytes = align(partials + slots * partial_words * 4);
   }
 };
 
@@ -400,7 +530,7 @@ int multiprocessors() {
   return count;
 }
 
-template <int kHeads>
+template <int kHeads, bool kRoutes>
 void launch(SelectArguments args, int requests, int max_visible, cudaStream_t stream) {
   using Layout = HeadLayout<kHeads>;
   const int row_count = args.rows.count;
@@ -408,60 +538,142 @@ void launch(SelectArguments args, int requests, int max_visible, cudaStream_t st
   const int64_t useful_ctas = static_cast<int64_t>(row_count) * ((row_pages + kFewestPages - 1) / kFewestPages);
   const int ctas = static_cast<int>(std::min<int64_t>(multiprocessors(), useful_ctas));
 
-  const int fixed_bytes = Layout::kQueryBytes + kScratchWords * 4 + static_cast<int>(sizeof(Selection::Shared)) +
-                          (row_count / ctas + 2) * static_cast<int>(sizeof(Chunk)) + kStaticSharedBytes;
+  const int other_bytes = static_cast<int>(sizeof(Fixed<kHeads>)) + kScratchWords * 4 +
+                          (row_count / ctas + 2) * static_cast<int>(sizeof(Chunk));
   const auto pool_with = [&](int stages) {
-    return (kMaxSharedBytes - fixed_bytes - stages * kStageBytes) / 4 / kPageTokens * kPageTokens;
+    return (kMaxSharedBytes - other_bytes - stages * kKeyTileBytes) / kTileAlignment * kTileAlignment / 4;
+  };
+  const auto can_route = [&](int stages, int segments_at_once) {
+    return !kRoutes || Router::lay_out(args.route, segments_at_once, Layout::kRows) <=
+                           4 * (kScratchWords + pool_with(stages));
   };
   // room for the kept keys of a chunk's rows, and for a fair number of new ones
   constexpr int kFewestNewKeys = 32 * kPageTokens;
-  const int most_kept = (args.k + 3) / 4 * 4;
-  const int next_words = 2 * most_kept <= kScratchWords ? 0 : 2 * most_kept;
+  const int best_kept = (args.k + 3) / 4 * 4;
+  const int next_words = 2 * best_kept <= kScratchWords ? 0 : 2 * best_kept;
   const auto can_hold = [&](int stages, int rows) {
+    const int most_kept = best_kept + (rows == 1 ? kMoreKept : 0);
     return (pool_with(stages) - next_words) / rows / kPageTokens * kPageTokens >= 2 * most_kept + kFewestNewKeys;
   };
-  // as many stages as cover the latency of memory, unless with fewer the keys fit at once
-  constexpr int kMostStages = 3 * kWarpgroups, kGoodStages = 2 * kWarpgroups;
+  // As many stages as cover the latency of memory, unless with fewer the keys fit at once. More cover a wait, too.
   const int likely_rows = std::min(Layout::kRows, (row_count + requests - 1) / requests);
   const int items = (row_count + likely_rows - 1) / likely_rows;
   const int likely_ranks = std::max(1, ctas / items);
   const int64_t likely_words =
       static_cast<int64_t>((row_pages + likely_ranks - 1) / likely_ranks) * kPageTokens * likely_rows;
-  args.stages = pool_with(kMostStages) < likely_words && pool_with(kGoodStages) >= likely_words ? kGoodStages
-                                                                                                : kMostStages;
-  while (args.stages > kWarpgroups && !can_hold(args.stages, 1)) args.stages -= kWarpgroups;
+  args.stages = kManyStages;
+  if ((variant & kMoreStages) && pool_with(kMostStages) >= likely_words) {
+    args.stages = kMostStages;
+  } else if (pool_with(kManyStages) < likely_words && pool_with(kGoodStages) >= likely_words) {
+    args.stages = kGoodStages;
+  }
+  const auto suffices = [&](int stages) { return can_hold(stages, 1) && can_route(stages, 1); };
+  while (args.stages > kWarpgroups && !suffices(args.stages)) args.stages -= kWarpgroups;
   STD_TORCH_CHECK(
-      can_hold(args.stages, 1), "select_tokens: k = ", args.k, " is too large for this kernel, choose at most 8192");
+      suffices(args.stages), "select_tokens: k = ", args.k, " is too large for this kernel, choose at most 8192");
+  int segments_at_once = std::max(1, kPooledBlocks / std::max(1, args.route.segment_blocks));
+  while (!can_route(args.stages, segments_at_once)) --segments_at_once;
   args.rows_per_item = Layout::kRows;
   while (!can_hold(args.stages, args.rows_per_item)) --args.rows_per_item;
   args.pool_words = pool_with(args.stages);
 
-  const auto kernel = decode_select_kernel<kHeads>;
-  const int shared_bytes = kMaxSharedBytes - kStaticSharedBytes;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "select_tokens");
+  const auto kernel = decode_select_kernel<kHeads, kRoutes>;
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes), "select_tokens");
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(ctas);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes;
+  config.dynamicSmemBytes = kMaxSharedBytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;  // its CTAs wait for one another
-  attribute.val.cooperative = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  if (variant & kCooperative) {  // its CTAs wait for one another
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  if (variant & kOverlaps) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  config.attrs = attributes;
   check_cuda(cudaLaunchKernelEx(&config, kernel, key_page_map(args.cache), args), "select_tokens");
 }
 
-int64_t decode_workspace_bytes(int64_t row_count) { return Workspace(row_count, multiprocessors()).bytes; }
+/// No two launches have the same one, and what lies in a workspace by chance is hardly ever one.
+uint64_t next_signature() {
+  static std::atomic<uint64_t> launches{
+      static_cast<uint64_t>(std::random_device{}()) << 32 | static_cast<uint64_t>(std::random_device{}())};
+  uint64_t value = launches += 0x9E3779B97F4A7C15ull;
+  value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9ull;
+  value = (value ^ value >> 27) * 0x94D049BB133111EBull;
+  return (value ^ value >> 31) | 1;
+}
+
+void decode_variant(int64_t bits) { variant = static_cast<int>(bits); }
+
+int64_t partial_words_of(int64_t max_visible) {
+  return Router::partial_words(static_cast<int>(std::min<int64_t>(max_visible, 1 << 30)));
+}
+
+int64_t decode_workspace_bytes(int64_t row_count) { return Workspace(row_count, multiprocessors(), 0).bytes; }
+
+int64_t decode_route_workspace_bytes(int64_t row_count, int64_t max_visible) {
+  return Workspace(row_count, multiprocessors(), partial_words_of(max_visible)).bytes;
+}
+
+/// What both operators check and fill in.
+SelectArguments arguments_of(
+    const Tensor& q, const Tensor& gates, const Tensor& index_cache, bool needs_means, const Tensor& block_table,
+    const Tensor& request, const Tensor& visible, int64_t k, const Tensor& out, int64_t visible_from,
+    int64_t visible_to, const Tensor& workspace, int64_t partial_words) {
+  SelectArguments args = {};
+  args.cache = index_cache_of(index_cache, needs_means);
+  args.rows = rows_of(block_table, request, visible);
+  args.queries = query_heads(q, gates, args.rows);
+  check_tensor(out, "out", ScalarType::Int, 2);
+  STD_TORCH_CHECK(
+      out.size(0) == args.rows.count && k >= 1 && out.size(1) >= k, "out must be [", args.rows.count, ", at least k = ",
+      k, "]");
+  STD_TORCH_CHECK(
+      args.rows.count <= kMaxRows, "decode_select takes at most ", kMaxRows, " rows, not ", args.rows.count,
+      ": use prefill_select");
+  const Workspace layout(args.rows.count, multiprocessors(), partial_words);
+  check_tensor(workspace, "workspace", ScalarType::Byte, 1);
+  STD_TORCH_CHECK(
+      workspace.size(0) >= layout.bytes && reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0,
+      "workspace: ", layout.bytes, " bytes at a multiple of 16 are needed, it has ", workspace.size(0));
+  auto* base = static_cast<uint8_t*>(workspace.data_ptr());
+  args.exchange.rows = reinterpret_cast<RowShared*>(base + layout.rows);
+  args.exchange.buffers = reinterpret_cast<RowBuffers*>(base + layout.buffers);
+  args.exchange.counts = reinterpret_cast<uint32_t (*)[kRowsPerItem][2]>(base + layout.counts);
+  args.exchange.partials = reinterpret_cast<uint32_t*>(base + layout.partials);
+  args.exchange.partial_words = static_cast<int>(partial_words);
+  args.exchange.signature = variant & kSameSignature ? 1 : next_signature();
+  args.row_is_slot = args.rows.count <= layout.slots;
+  args.k = static_cast<int>(k);
+  args.visible_from = static_cast<int>(visible_from);
+  args.visible_to = static_cast<int>(std::min<int64_t>(visible_to, INT32_MAX));
+  args.out = static_cast<int32_t*>(out.data_ptr());
+  args.out_stride = out.stride(0);
+  args.drops_low = variant & kDropsLow;
+  args.exchanges_keys = variant & kExchangesKeys;
+  return args;
+}
+
+template <bool kRoutes>
+void launch_heads(const SelectArguments& args, int heads, int64_t requests, int64_t max_visible, cudaStream_t stream) {
+  const auto launch_some = heads <= 8    ? launch<8, kRoutes>
+                           : heads <= 16 ? launch<16, kRoutes>
+                           : heads <= 32 ? launch<32, kRoutes>
+                                         : launch<64, kRoutes>;
+  launch_some(args, static_cast<int>(requests), static_cast<int>(max_visible), stream);
+}
 
 void decode_select(
     Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor index_cache, Tensor block_table, Tensor request,
     Tensor visible, int64_t max_visible, int64_t k, Tensor out, int64_t visible_from, int64_t visible_to,
     Tensor workspace) {
-  SelectArguments args = {};
-  args.cache = index_cache_of(index_cache, false);
-  args.rows = rows_of(block_table, request, visible);
-  args.queries = query_heads(q, gates, args.rows);
+  SelectArguments args = arguments_of(
+      q, gates, index_cache, false, block_table, request, visible, k, out, visible_from, visible_to, workspace, 0);
   if (heads.has_value()) {
     check_tensor(*heads, "heads", ScalarType::Int, 2);
     STD_TORCH_CHECK(
@@ -471,37 +683,38 @@ void decode_select(
     args.queries.heads_stride = heads->stride(0);
     args.queries.count = static_cast<int>(heads->size(1));
   }
-  check_tensor(out, "out", ScalarType::Int, 2);
-  STD_TORCH_CHECK(
-      out.size(0) == args.rows.count && k >= 1 && out.size(1) >= k, "out must be [", args.rows.count, ", at least k = ",
-      k, "]");
-  STD_TORCH_CHECK(
-      args.rows.count <= kMaxRows, "decode_select takes at most ", kMaxRows, " rows, not ", args.rows.count,
-      ": use prefill_select");
   if (args.rows.count == 0) return;
-  const Workspace layout(args.rows.count, multiprocessors());
-  check_tensor(workspace, "workspace", ScalarType::Byte, 1);
+  launch_heads<false>(args, args.queries.count, block_table.size(0), max_visible, current_stream(q));
+}
+
+void decode_route_select(
+    Tensor q, Tensor gates, Tensor index_cache, Tensor block_table, Tensor request, Tensor visible,
+    int64_t max_visible, int64_t active_heads, int64_t pool_block, int64_t k, Tensor out, int64_t visible_from,
+    Tensor workspace, std::optional<Tensor> routed) {
+  SelectArguments args = arguments_of(
+      q, gates, index_cache, true, block_table, request, visible, k, out, visible_from, INT32_MAX, workspace,
+      partial_words_of(max_visible));
   STD_TORCH_CHECK(
-      workspace.size(0) >= layout.bytes && reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0,
-      "workspace: ", layout.bytes, " bytes at a multiple of 16 are needed, it has ", workspace.size(0));
-  auto* base = static_cast<uint8_t*>(workspace.data_ptr());
-  args.exchange.rows = reinterpret_cast<RowShared*>(base + layout.rows);
-  args.exchange.more_counts = reinterpret_cast<uint32_t (*)[2][kDigits]>(base + layout.more_counts);
-  args.exchange.lists = reinterpret_cast<uint64_t (*)[kListedKeys]>(base + layout.lists);
-  args.exchange.counts = reinterpret_cast<uint32_t (*)[kRowsPerItem][2]>(base + layout.counts);
-  args.row_is_slot = args.rows.count <= layout.slots;
-  args.k = static_cast<int>(k);
-  args.visible_from = static_cast<int>(visible_from);
-  args.visible_to = static_cast<int>(std::min<int64_t>(visible_to, INT32_MAX));
-  args.out = static_cast<int32_t*>(out.data_ptr());
-  args.out_stride = out.stride(0);
-  const cudaStream_t stream = current_stream(q);
-  if (max_visible > k) check_cuda(cudaMemsetAsync(base, 0, layout.more_counts, stream), "select_tokens");
-  const auto launch_heads = args.queries.count <= 8    ? launch<8>
-                            : args.queries.count <= 16 ? launch<16>
-                            : args.queries.count <= 32 ? launch<32>
-                                                       : launch<64>;
-  launch_heads(args, static_cast<int>(block_table.size(0)), static_cast<int>(max_visible), stream);
+      active_heads >= 1 && active_heads <= args.queries.count, "active_heads must be 1 to ", args.queries.count,
+      ", it is ", active_heads);
+  STD_TORCH_CHECK(
+      pool_block >= kPageTokens && pool_block % kPageTokens == 0, "pool_block must be a multiple of ", kPageTokens,
+      ", it is ", pool_block);
+  args.route.heads = args.queries.count;
+  args.route.active_heads = static_cast<int>(active_heads);
+  args.route.pool_block = static_cast<int>(pool_block);
+  args.route.segment_blocks = segment_blocks_of(args.route.pool_block);
+  args.route.pages_per_block = args.route.pool_block / kPageTokens;
+  args.route.head_groups = ceil_div(args.route.heads, 16);
+  if (routed.has_value()) {
+    check_tensor(*routed, "routed", ScalarType::Int, 2);
+    STD_TORCH_CHECK(
+        routed->size(0) == args.rows.count && routed->size(1) == active_heads && routed->is_contiguous(),
+        "routed must be contiguous [", args.rows.count, ", ", active_heads, "]");
+    args.route.routed = static_cast<int32_t*>(routed->data_ptr());
+  }
+  if (args.rows.count == 0) return;
+  launch_heads<true>(args, args.route.active_heads, block_table.size(0), max_visible, current_stream(q));
 }
 
 }  // namespace
@@ -509,16 +722,25 @@ void decode_select(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(misa_vllm, m) {
   m.def("decode_workspace_bytes(int rows) -> int");
+  m.def("decode_route_workspace_bytes(int rows, int max_visible) -> int");
   m.def(
       "decode_select(Tensor q, Tensor gates, Tensor? heads, Tensor index_cache, Tensor block_table, Tensor request, "
       "Tensor visible, int max_visible, int k, Tensor(a!) out, int visible_from, int visible_to, "
       "Tensor(b!) workspace) -> ()");
+  m.def(
+      "decode_route_select(Tensor q, Tensor gates, Tensor index_cache, Tensor block_table, Tensor request, "
+      "Tensor visible, int max_visible, int active_heads, int pool_block, int k, Tensor(a!) out, int visible_from, "
+      "Tensor(b!) workspace, Tensor(c!)? routed) -> ()");
+  m.def("decode_variant(int bits) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(misa_vllm, CompositeExplicitAutograd, m) {
   m.impl("decode_workspace_bytes", TORCH_BOX(&misa::decode_workspace_bytes));
+  m.impl("decode_route_workspace_bytes", TORCH_BOX(&misa::decode_route_workspace_bytes));
+  m.impl("decode_variant", TORCH_BOX(&misa::decode_variant));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(misa_vllm, CUDA, m) {
   m.impl("decode_select", TORCH_BOX(&misa::decode_select));
+  m.impl("decode_route_select", TORCH_BOX(&misa::decode_route_select));
 }

@@ -1,6 +1,7 @@
 // Means of the pages that a step wrote to.
 #include <cuda_fp8.h>
 
+#include "common/ptx.cuh"
 #include "torch_op.h"
 
 namespace misa {
@@ -27,6 +28,8 @@ __global__ void __launch_bounds__(32 * kWarps) page_means_kernel(
     IndexCache cache, const int64_t* __restrict__ slot_mapping, int tokens) {
   const int token = blockIdx.x * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
   if (token >= tokens) return;
   const int64_t slot = slot_mapping[token];
   const int64_t following = token + 1 < tokens ? slot_mapping[token + 1] : -1;
@@ -73,7 +76,7 @@ void update_page_means(Tensor index_cache, Tensor slot_mapping) {
   check_tensor(slot_mapping, "slot_mapping", ScalarType::Long, 1);
   const int tokens = static_cast<int>(slot_mapping.size(0));
   if (tokens == 0) return;
-  launch_simple(
+  launch_overlapping(
       "update_page_means", page_means_kernel, dim3((tokens + kWarps - 1) / kWarps), 32 * kWarps,
       current_stream(index_cache), cache, static_cast<const int64_t*>(slot_mapping.data_ptr()), tokens);
 }

@@ -31,7 +31,6 @@ __global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __gr
   ptx::let_next_kernel_start();
   if (threadIdx.x == 0) {
     p.last_tie[slot] = INT32_MAX;
-    p.undecided[slot] = 0;
     if (slot == 0) *p.undecided_count = *p.arrived = 0;
     valid = 0;
     lowest = 0xFFFFFFFFu;
@@ -91,150 +90,177 @@ __global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __gr
 
 // ---------------------------------------------------------------- selection from the lists
 
-constexpr int kFinalThreads = 512;
 constexpr int kMaxSplits = 32;
+// Entries of a row that the final kernel holds in shared memory
+constexpr int kMostEntries = 24576;
+// Up to so many of them, several blocks share a multiprocessor
+constexpr int kFewEntries = 8192;
+constexpr int kFinalThreads = 512;
+constexpr int kManyFinalThreads = 1024;
+// Positions that have a bit each in shared memory at a time
+constexpr int kWindow = 1 << 17;
+constexpr int kWindowWords = kWindow / 32;
+// Bits of a window are counted in 16 bits
+constexpr int kMostSelected = 16384;
 
-// The final kernel holds a row's entries in registers, so many of them per thread at most.
-constexpr int kMostThreadEntries = 48;
+struct FinalShared {
+  union {
+    SelectScratch scratch;
+    struct {
+      uint16_t bits_before[kWindowWords];
+      uint32_t window_sums[32];
+    };
+  };
+  alignas(16) uint32_t words[kWindowWords];
+  uint32_t lowest_key, highest_key;
+};
 
-// One block per slot: writes the row's selection, ascending, or marks the row undecided if a list overflowed or the
-// threshold let fewer than k keys pass. A thread has up to kEntries entries.
-template <int kEntries>
-__global__ __launch_bounds__(kFinalThreads, kEntries <= 12 ? 2 : 1)
+// One block per slot: writes the row's selection, ascending, or lists the row as undecided if one of its lists
+// overflowed or the threshold let fewer than k keys pass.
+template <int kBlockThreads>
+__global__ __launch_bounds__(kBlockThreads, kBlockThreads == kFinalThreads ? 3 : 1)
 void final_kernel(const __grid_constant__ Params p) {
-  extern __shared__ int32_t sorted[];
-  __shared__ SelectScratch scratch;
-  __shared__ uint32_t offsets[kMaxSplits + 1];
-  __shared__ bool overflow;
-  __shared__ uint32_t lowest_key, highest_key;
+  extern __shared__ __align__(16) uint2 entries[];
+  __shared__ FinalShared sh;
+  const int lane = threadIdx.x % 32;
   const int slot = blockIdx.x;
   const int row = p.row_begin + slot;
+  for (int i = threadIdx.x; i < kWindowWords / 4; i += kBlockThreads) {
+    reinterpret_cast<uint4*>(sh.words)[i] = make_uint4(0, 0, 0, 0);
+  }
+  if (threadIdx.x == 0) {
+    sh.lowest_key = 0xFFFFFFFFu;
+    sh.highest_key = 0;
+  }
   ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
   const int visible = p.rows.visible[row];
   if (visible < p.written_from || visible >= p.scored_to) return;
   int32_t* out = p.out + row * p.out_row_stride;
   if (visible < p.scored_from) {
-    for (int i = threadIdx.x; i < p.k; i += kFinalThreads) out[i] = i < visible ? i : -1;
+    for (int i = threadIdx.x; i < p.k; i += kBlockThreads) out[i] = i < visible ? i : -1;
     return;
   }
 
-  if (threadIdx.x < 32) {
-    const uint32_t count =
-        threadIdx.x < p.splits ? p.counts[static_cast<int64_t>(slot) * p.splits + threadIdx.x] : 0;
-    uint32_t end = count;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, end, offset);
-      if (threadIdx.x >= offset) end += other;
-    }
-    offsets[threadIdx.x + 1] = end;
-    const bool any_overflow = __any_sync(0xFFFFFFFFu, count > static_cast<uint32_t>(p.list_capacity));
-    if (threadIdx.x == 0) {
-      offsets[0] = 0;
-      overflow = any_overflow;
-      lowest_key = 0xFFFFFFFFu;
-      highest_key = 0;
-    }
-  }
-  __syncthreads();
-  const uint32_t total = offsets[kMaxSplits];
+  // Lane s of every warp knows list s
+  const uint32_t capacity = p.list_capacity;
+  const uint32_t count = lane < p.splits ? p.counts[static_cast<int64_t>(slot) * p.splits + lane] : 0;
+  const bool overflow = __any_sync(0xFFFFFFFFu, count > capacity);
+  const uint32_t total = __reduce_add_sync(0xFFFFFFFFu, count);
   if (overflow || total < static_cast<uint32_t>(p.k)) {
-    if (threadIdx.x == 0) {
-      p.undecided[slot] = 1;
-      atomicAdd(p.undecided_count, 1u);
-    }
+    if (threadIdx.x == 0) p.undecided[atomicAdd(p.undecided_count, 1u)] = row;
     return;
   }
-
-  // All loads first, so that they are in flight together
-  uint64_t values[kEntries];
-  const uint2* lists = p.lists + static_cast<int64_t>(slot) * p.splits * p.list_capacity;
-  int split = 0;
+  uint32_t list_begin = count;
 #pragma unroll
-  for (int j = 0; j < kEntries; ++j) {
-    const uint32_t i = threadIdx.x + j * kFinalThreads;
-    values[j] = 0;
-    if (i < total) {
-      while (i >= offsets[split + 1]) ++split;
-      const uint2 entry = lists[split * p.list_capacity + (i - offsets[split])];
-      values[j] = (static_cast<uint64_t>(entry.x) << 32) | entry.y;
-    }
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, list_begin, offset);
+    if (lane >= offset) list_begin += other;
   }
-  // 0 stands for no entry: no score has the order key 0
-  uint32_t low = 0xFFFFFFFFu, high = 0;
-#pragma unroll
-  for (int j = 0; j < kEntries; ++j) {
-    if (threadIdx.x + j * kFinalThreads < total) {
-      values[j] = rank_value(__uint_as_float(static_cast<uint32_t>(values[j] >> 32)),
-                             static_cast<uint32_t>(values[j]));
-      const uint32_t key = static_cast<uint32_t>(values[j] >> 32);
-      high = max(high, key);
-      low = min(low, key);
+  list_begin -= count;
+
+  // Warps take 32 entries of a list at a time
+  const uint2* lists = p.lists + static_cast<int64_t>(slot) * p.splits * capacity;
+  uint32_t first = threadIdx.x / 32 * 32;
+  for (int split = 0; split < p.splits; ++split) {
+    const uint32_t size = __shfl_sync(0xFFFFFFFFu, count, split);
+    uint2* const to = entries + __shfl_sync(0xFFFFFFFFu, list_begin, split);
+    for (; first < size; first += kBlockThreads) {
+      const uint32_t own = first + lane;
+      if (own < size) ptx::cp_async<8>(to + own, lists + split * capacity + own);
     }
+    first -= (size + 31) / 32 * 32;
+  }
+  ptx::cp_async_wait_all();
+  __syncthreads();
+
+  // From (score, position) to the halves of a rank value, the upper one in y
+  uint32_t low = 0xFFFFFFFFu, high = 0;
+#pragma unroll 4
+  for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
+    const uint2 entry = entries[i];
+    const uint64_t value = rank_value(__uint_as_float(entry.x), entry.y);
+    const auto key = static_cast<uint32_t>(value >> 32);
+    entries[i] = make_uint2(static_cast<uint32_t>(value), key);
+    high = max(high, key);
+    low = min(low, key);
   }
   low = __reduce_min_sync(0xFFFFFFFFu, low);
   high = __reduce_max_sync(0xFFFFFFFFu, high);
-  if (threadIdx.x % 32 == 0) {
-    atomicMin(&lowest_key, low);
-    atomicMax(&highest_key, high);
+  if (lane == 0) {
+    atomicMin(&sh.lowest_key, low);
+    atomicMax(&sh.highest_key, high);
   }
   __syncthreads();
-  auto for_each = [&](auto&& visit) {
-#pragma unroll
-    for (int j = 0; j < kEntries; ++j) {
-      if (j * kFinalThreads < total) visit(values[j]);
-    }
-  };
-  const uint64_t cut = kth_largest<kFinalThreads>(static_cast<uint64_t>(lowest_key) << 32,
-                                                  (static_cast<uint64_t>(highest_key) << 32) | 0xFFFFFFFFu, p.k,
-                                                  for_each, scratch);
+  auto value_of = [](const uint2& entry) { return (static_cast<uint64_t>(entry.y) << 32) | entry.x; };
+  const uint64_t cut = kth_largest<kBlockThreads>(
+      static_cast<uint64_t>(sh.lowest_key) << 32, (static_cast<uint64_t>(sh.highest_key) << 32) | 0xFFFFFFFFu, p.k,
+      [&](auto&& visit) {
+#pragma unroll 4
+        for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) visit(value_of(entries[i]));
+      },
+      sh.scratch);
+  // From here on 0 stands for an entry that is not selected: its position is past any window
+  for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
+    if (value_of(entries[i]) < cut) entries[i] = make_uint2(0, 0);
+  }
 
-  // Ascending positions by a counting sort: buckets of equal width, then the rank inside the bucket
-  const int width_log2 = max(0, 32 - __clz(visible - 1) - kSelectBinsLog2);
-  for (int bin = threadIdx.x; bin < kSelectBins; bin += kFinalThreads) scratch.bins[bin] = 0;
-  __syncthreads();
-  for_each([&](uint64_t value) {
-    if (value >= cut) atomicAdd(&scratch.bins[position_of(value) >> width_log2], 1u);
-  });
-  __syncthreads();
-  constexpr int kBinsPerThread = kSelectBins / kFinalThreads;
-  uint32_t counts[kBinsPerThread], sum = 0, all;
-#pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) sum += counts[i] = scratch.bins[threadIdx.x * kBinsPerThread + i];
-  uint32_t begin = block_exclusive_sum<kFinalThreads>(sum, scratch.warp_sums, all);
-#pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) {
-    scratch.bins[threadIdx.x * kBinsPerThread + i] = begin;
-    begin += counts[i];
-  }
-  __syncthreads();
-  for_each([&](uint64_t value) {
-    if (value >= cut) {
-      const uint32_t position = position_of(value);
-      sorted[atomicAdd(&scratch.bins[position >> width_log2], 1u)] = static_cast<int32_t>(position);
+  // Ascending positions: a selected one comes behind as many as there are bits before its own
+  constexpr int kOwnWords = kWindowWords / kBlockThreads;
+  static_assert(kOwnWords % 4 == 0 && kMostSelected <= 0xFFFF);
+  // The selection takes the place of the entries' keys
+  auto position_at = [&](uint32_t i) { return 0xFFFFFFFFu - entries[i].x; };
+  uint32_t earlier = 0;  // in earlier windows
+  for (uint32_t window = 0; window < static_cast<uint32_t>(visible); window += kWindow) {
+    if (window > 0) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < kWindowWords; i += kBlockThreads) sh.words[i] = 0;
     }
-  });
-  __syncthreads();
-  // every bin has advanced to its end, which is the beginning of the next
-  for (int i = threadIdx.x; i < p.k; i += kFinalThreads) {
-    const int32_t position = sorted[i];
-    const int bin = position >> width_log2;
-    const int from = bin == 0 ? 0 : static_cast<int>(scratch.bins[bin - 1]), to = static_cast<int>(scratch.bins[bin]);
-    int place = from;
-    for (int j = from; j < to; ++j) place += sorted[j] < position;
-    out[place] = position;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
+      const uint32_t at = position_at(i) - window;
+      if (at < kWindow) atomicOr(&sh.words[at / 32], 1u << at % 32);
+    }
+    __syncthreads();
+    uint32_t sums[kOwnWords], sum = 0, all;
+#pragma unroll
+    for (int i = 0; i < kOwnWords; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(&sh.words[threadIdx.x * kOwnWords + i]);
+      sums[i] = sum;
+      sums[i + 1] = sum += __popc(four.x);
+      sums[i + 2] = sum += __popc(four.y);
+      sums[i + 3] = sum += __popc(four.z);
+      sum += __popc(four.w);
+    }
+    const uint32_t before = block_exclusive_sum<kBlockThreads>(sum, sh.window_sums, all);
+#pragma unroll
+    for (int i = 0; i < kOwnWords; ++i) {
+      sh.bits_before[threadIdx.x * kOwnWords + i] = static_cast<uint16_t>(before + sums[i]);
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
+      const uint32_t position = position_at(i), at = position - window;
+      if (at < kWindow) {
+        const uint32_t lower = sh.words[at / 32] & ((1u << at % 32) - 1);
+        entries[earlier + sh.bits_before[at / 32] + __popc(lower)].y = position;
+      }
+    }
+    earlier += all;
   }
+  __syncthreads();
+  for (int i = threadIdx.x; i < p.k; i += kBlockThreads) out[i] = static_cast<int32_t>(entries[i].y);
 }
 
-// Marks every scored row undecided, for a k that lists are not kept for; the other rows are written.
+// Lists every scored row as undecided, for a k that lists are not kept for; the other rows are written.
 __global__ __launch_bounds__(kFinalThreads) void undecided_kernel(const __grid_constant__ Params p) {
   const int slot = blockIdx.x;
   const int row = p.row_begin + slot;
   const int visible = p.rows.visible[row];
   const bool scored = visible >= p.scored_from && visible < p.scored_to;
   if (threadIdx.x == 0) {
-    p.undecided[slot] = scored;
+    p.undecided[slot] = scored ? row : -1;
     if (slot == 0) {
-      *p.undecided_count = 1;
+      *p.undecided_count = p.num_rows;
       *p.arrived = 0;
     }
   }
@@ -245,8 +271,9 @@ __global__ __launch_bounds__(kFinalThreads) void undecided_kernel(const __grid_c
 
 // ---------------------------------------------------------------- plan: how a call is cut into launches
 
-// Bytes of lists, samples or dense scores; a single row's dense scores may need more
-constexpr int64_t kRegionBytes = 60ll << 20;
+// Bytes of lists, samples or dense scores; a single row's dense scores may need more. 2048 rows have room for the lists
+// of k = 2048, whatever they see
+constexpr int64_t kRegionBytes = 84ll << 20;
 constexpr int kMinSamples = 1024;
 constexpr int kMaxSamples = 12288;
 // Samples aimed at among the k best: 64 make lists of 1.6 k entries; k / 32 cost 1 / 32 of the scoring
@@ -255,13 +282,12 @@ constexpr int64_t kSampledShare = 32;
 // What a block does besides its pages (queries, pipeline fill), and a launch besides its blocks, in pages
 constexpr int kItemOverheadPages = 6;
 constexpr int kLaunchOverheadPages = 30;
-// Positions that the final kernel sorts in shared memory
-constexpr int kMaxSorted = 16384;
 // A list has room for so many standard deviations more than it is expected to get.
 constexpr double kListMargin = 5.0;
 
 struct Plan {
-  int launch_rows;  // rows of one launch
+  int launch_rows;  // rows whose lists are collected by one launch
+  int group_rows;   // rows whose thresholds are found together, of whole launches
   int splits;
   int sample_splits;
   int list_capacity;  // 0: no lists, every row goes through its dense scores
@@ -321,8 +347,7 @@ Plan make_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visible, int 
     const int64_t capacity = round_up(static_cast<int64_t>(share + kListMargin * deviation) + kPageTokens, 16);
     plan.num_samples = capacity < all_of_split ? static_cast<int>(samples) : 0;
     plan.list_capacity = static_cast<int>(std::min(capacity, all_of_split));
-    if (static_cast<int64_t>(plan.list_capacity) * plan.splits > kMostThreadEntries * kFinalThreads ||
-        k > kMaxSorted) {
+    if (static_cast<int64_t>(plan.list_capacity) * plan.splits > kMostEntries || k > kMostSelected) {
       plan.list_capacity = plan.num_samples = 0;
     }
     const int64_t row_bytes = std::max<int64_t>(
@@ -332,7 +357,12 @@ Plan make_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visible, int 
                          (split_time(tiles, pages, plan.splits, multiprocessors) + kLaunchOverheadPages);
     if (time >= best_time) continue;
     best_time = time;
-    plan.sample_splits = best_splits(tiles, plan.num_samples / kPageTokens, multiprocessors);
+    const auto sample_bytes = static_cast<int64_t>(plan.num_samples * sizeof(float));
+    const int64_t sampled_rows = sample_bytes == 0 ? kMaxLaunchRows : kRegionBytes / sample_bytes;
+    const int64_t together = std::max<int64_t>(1, std::min<int64_t>(sampled_rows, kMaxLaunchRows) / plan.launch_rows);
+    plan.group_rows = static_cast<int>(together * plan.launch_rows);
+    const int64_t sampled_tiles = std::min(all_tiles, together * tiles);
+    plan.sample_splits = best_splits(sampled_tiles, plan.num_samples / kPageTokens, multiprocessors);
     plan.keep_all = plan.list_capacity / kPageTokens * plan.splits * kPageTokens;
     plan.dense_stride = dense_stride;
     int64_t dense_rows = std::max<int64_t>(1, kRegionBytes / (dense_stride * static_cast<int64_t>(sizeof(float))));
@@ -408,13 +438,13 @@ constexpr cudaLaunchAttributeID kOverlaps = cudaLaunchAttributeProgrammaticStrea
 constexpr cudaLaunchAttributeID kTogether = cudaLaunchAttributeCooperative;
 
 void launch_final(const Params& p, cudaStream_t stream) {
-  const size_t shared = p.k * sizeof(int32_t);
-  const int entries = static_cast<int>(ceil_div(static_cast<int64_t>(p.list_capacity) * p.splits, kFinalThreads));
-  auto* kernel = entries <= 8    ? final_kernel<8>
-                 : entries <= 12 ? final_kernel<12>
-                 : entries <= 20 ? final_kernel<20>
-                                 : final_kernel<kMostThreadEntries>;
-  launch(kernel, p.num_rows, kFinalThreads, shared, stream, kOverlaps, p);
+  const int entries = p.list_capacity * p.splits;
+  const size_t shared = entries * sizeof(uint2);
+  if (entries <= kFewEntries) {
+    launch(final_kernel<kFinalThreads>, p.num_rows, kFinalThreads, shared, stream, kOverlaps, p);
+  } else {
+    launch(final_kernel<kManyFinalThreads>, p.num_rows, kManyFinalThreads, shared, stream, kOverlaps, p);
+  }
 }
 
 template <int kHeads>
@@ -422,27 +452,36 @@ void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap
          cudaStream_t stream) {
   constexpr int kTileRows = Tile<kHeads>::kQueries;
   constexpr size_t kShared = sizeof(Shared<kHeads>);
-  for (int64_t begin = 0; begin < rows; begin += plan.launch_rows) {
-    Params p = common;
-    p.row_begin = static_cast<int>(begin);
-    p.num_rows = static_cast<int>(std::min<int64_t>(plan.launch_rows, rows - begin));
-    const int tiles = static_cast<int>(ceil_div(p.num_rows, kTileRows));
+  for (int64_t begin = 0; begin < rows; begin += plan.group_rows) {
+    Params group = common;
+    group.row_begin = static_cast<int>(begin);
+    group.num_rows = static_cast<int>(std::min<int64_t>(plan.group_rows, rows - begin));
     if (plan.list_capacity > 0) {
-      if (p.num_samples > 0) {
-        p.splits = plan.sample_splits;
-        launch(score_kernel<kHeads, Mode::kSample>, std::min(tiles * p.splits, multiprocessors), kThreads, kShared,
-               stream, kOverlaps, page_map, p);
-        p.splits = plan.splits;
+      if (group.num_samples > 0) {
+        group.splits = plan.sample_splits;
+        const int items = static_cast<int>(ceil_div(group.num_rows, kTileRows)) * group.splits;
+        launch(score_kernel<kHeads, Mode::kSample>, std::min(items, multiprocessors), kThreads, kShared, stream,
+               kOverlaps, page_map, group);
       }
-      launch(threshold_kernel, p.num_rows, kThresholdThreads, p.num_samples * sizeof(uint32_t), stream, kOverlaps, p);
-      launch(score_kernel<kHeads, Mode::kCollect>, std::min(tiles * p.splits, multiprocessors), kThreads, kShared,
-             stream, kOverlaps, page_map, p);
-      launch_final(p, stream);
+      launch(threshold_kernel, group.num_rows, kThresholdThreads, group.num_samples * sizeof(uint32_t), stream,
+             kOverlaps, group);
+      for (int first = 0; first < group.num_rows; first += plan.launch_rows) {
+        Params p = common;
+        p.row_begin = group.row_begin + first;
+        p.num_rows = std::min(plan.launch_rows, group.num_rows - first);
+        p.threshold += first;
+        p.last_tie += first;
+        const int items = static_cast<int>(ceil_div(p.num_rows, kTileRows)) * p.splits;
+        launch(score_kernel<kHeads, Mode::kCollect>, std::min(items, multiprocessors), kThreads, kShared, stream,
+               kOverlaps, page_map, p);
+        launch_final(p, stream);
+      }
     } else {
-      launch_simple("prefill selection", undecided_kernel, dim3(p.num_rows), kFinalThreads, stream, p);
+      launch_simple("prefill selection", undecided_kernel, dim3(group.num_rows), kFinalThreads, stream, group);
     }
-    p.splits = best_splits(ceil_div(p.dense_rows, kTileRows), p.dense_stride / kPageTokens, multiprocessors);
-    launch(repair_kernel<kHeads>, multiprocessors, kThreads, kShared, stream, kTogether, page_map, p);
+    group.splits =
+        best_splits(ceil_div(group.dense_rows, kTileRows), group.dense_stride / kPageTokens, multiprocessors);
+    launch(repair_kernel<kHeads>, multiprocessors, kThreads, kShared, stream, kTogether, page_map, group);
   }
 }
 
@@ -497,6 +536,8 @@ void prefill_select(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
   check_tensor(out, "out", ScalarType::Int, 2);
   check_tensor(workspace, "workspace", ScalarType::Byte, 1);
   const int64_t rows = p.rows.count;
+  STD_TORCH_CHECK(max_visible <= kMostKeys, "prefill_select: rows may see at most ", kMostKeys, " keys, not ",
+                  max_visible);
   STD_TORCH_CHECK(k >= 1 && out.size(0) == rows && out.size(1) >= k, "out must be [", rows, ", at least k = ", k, "]");
   if (rows == 0) return;
   const int multiprocessors = multiprocessor_count(q.get_device_index());
@@ -513,8 +554,8 @@ void prefill_select(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
   p.threshold = reinterpret_cast<float*>(base + layout.threshold);
   p.last_tie = reinterpret_cast<int32_t*>(base + layout.last_tie);
   p.counts = reinterpret_cast<uint32_t*>(base + layout.counts);
-  p.undecided = reinterpret_cast<uint32_t*>(base + layout.undecided);
-  p.undecided_count = p.undecided + kMaxLaunchRows;
+  p.undecided = reinterpret_cast<int32_t*>(base + layout.undecided);
+  p.undecided_count = reinterpret_cast<uint32_t*>(p.undecided + kMaxLaunchRows);
   p.arrived = p.undecided_count + 1;
   p.lists = reinterpret_cast<uint2*>(base);
   p.list_capacity = plan.list_capacity;
@@ -522,7 +563,7 @@ void prefill_select(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
   p.samples = reinterpret_cast<float*>(base);
   p.num_samples = plan.num_samples;
   p.dense = reinterpret_cast<float*>(base);
-  p.dense_stride = plan.dense_stride;
+  p.dense_stride = static_cast<uint32_t>(plan.dense_stride);
   p.dense_rows = plan.dense_rows;
   p.out = static_cast<int32_t*>(out.data_ptr());
   p.out_row_stride = out.stride(0);
@@ -546,8 +587,9 @@ void prefill_scores(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
   p.scored_from = 1;
   p.scored_to = static_cast<int>(std::min<int64_t>(out.size(1), INT32_MAX - 1)) + 1;
   p.splits = 4;
+  STD_TORCH_CHECK(rows * out.stride(0) <= UINT32_MAX, "out must have fewer than 2^32 elements");
   p.dense = static_cast<float*>(out.data_ptr());
-  p.dense_stride = out.stride(0);
+  p.dense_stride = static_cast<uint32_t>(out.stride(0));
   const CUtensorMap page_map = key_page_map(p.cache);
   for_heads(padded_heads(p.heads_per_row), [&](auto padded) {
     constexpr int kHeads = decltype(padded)::value;

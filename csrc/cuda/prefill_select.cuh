@@ -32,11 +32,17 @@ constexpr int kConsumerWarps = kConsumerThreads / 32;
 constexpr int kWorkingThreads = kConsumerThreads + 32;  // consumers and the producer warp
 constexpr int kThreads = kConsumerThreads + kGroupThreads;
 constexpr int kCollectorWarps = (kThreads - kWorkingThreads) / 32;
+// Of 168 for each thread: the queues' movers need theirs, without them the consumers can have more
 constexpr int kConsumerRegisters = 224;
 constexpr int kProducerRegisters = 56;
+constexpr int kDenseConsumerRegisters = 232;
+constexpr int kDenseProducerRegisters = 40;
 constexpr int kColumns = 256;  // of a group
-// A row that takes no part counts from here, past any capacity.
+// A row that takes no part appends from here, past the end of any list.
 constexpr uint32_t kClosedList = 0x80000000u;
+// Of a queued entry's tag; the bits above it hold which of its thread's queries the score is of.
+constexpr int kPositionBits = 28;
+constexpr int kMostKeys = 1 << kPositionBits;
 constexpr uint32_t kInvalidSample = 0xFFFFFFFFu;
 constexpr uint32_t kNoMoreQueues = 0xFFFFFFFFu;
 constexpr int kMovedTogether = 8;  // entries of a queue
@@ -80,11 +86,11 @@ struct Params {
   float* samples;      // [num_rows, num_samples]
   int num_samples;     // a multiple of 64; 0: nothing is sampled
 
-  uint32_t* undecided;        // [num_rows] 0 or 1
+  int32_t* undecided;         // [undecided_count] rows, or -1
   uint32_t* undecided_count;  // [1]
   uint32_t* arrived;          // [1] blocks that reached a barrier of the grid
   float* dense;               // [dense_rows, dense_stride]
-  int64_t dense_stride;
+  uint32_t dense_stride;  // dense_rows * dense_stride is below 2^32
   int dense_rows;
 
   int32_t* out;
@@ -121,19 +127,22 @@ struct Shared {
   int32_t leader[T::kQueries];
   int32_t leader_visible[T::kQueries];
   uint32_t leaders[(T::kQueries + 31) / 32];
-  int32_t tile;
-  int32_t split;
   // Of each row, ordered so that the rows of one thread are neighbours
   // The threshold of even and odd pages; from tie_limit on, keys have to pass the next larger number.
   alignas(16) float threshold[2][T::kQueries];
   float next_threshold[T::kQueries];
   int32_t tie_limit[T::kQueries];
-  uint32_t count[T::kQueries];
+  // Places count through all lists
+  uint32_t next_place[T::kQueries];
+  uint32_t list_end[T::kQueries];
   int32_t limit[T::kQueries];
-  alignas(16) float gates[kGroups][4][64];  // halved
-  // Two queues of each thread, filled in turn, of (score bits, page << 5 | query << 1 | key row / 8 % 2). Those of a
-  // warp change hands together.
-  uint2 queue[2][T::kQueue][kConsumerThreads];
+  alignas(16) float gates[kGroups][4][64];
+  // Two queues of each thread, filled in turn, of (score bits, query << kPositionBits | position). Those of a warp
+  // change hands together. Selections use the place when nothing is collected.
+  union {
+    uint2 queue[2][T::kQueue][kConsumerThreads];
+    SelectScratch scratch;
+  };
   uint32_t queue_length[2][kConsumerThreads];
   uint64_t handed[2][kConsumerWarps];
   uint64_t emptied[2][kConsumerWarps];
@@ -272,39 +281,32 @@ __device__ __forceinline__ bool empty_queues(const Params& p, int consumer_warp,
   const uint32_t length = sh.queue_length[which][thread];
   const uint32_t longest = __reduce_max_sync(0xFFFFFFFFu, length);
   if (longest == kNoMoreQueues) return false;
-  const int group = thread / kGroupThreads;
-  const uint32_t key_row = consumer_warp % 4 * 16 + lane / 4;
-  const int first = group * T::kGroupQueries + c * T::kThreadQueries;
-  const uint32_t first_slot = sh.tile * T::kQueries + group * T::kGroupQueries + c;
-  const uint32_t capacity = p.list_capacity;
-  const uint32_t first_list = (first_slot * p.splits + sh.split) * capacity;
-  const uint32_t next_list = 4 * p.splits * capacity;
-  uint2* const lists = p.lists;
+  const int first = thread / kGroupThreads * T::kGroupQueries + c * T::kThreadQueries;
   const uint2* queue = &sh.queue[which][0][thread];
-  auto query_of = [](const uint2& entry) { return entry.y / 2 % T::kThreadQueries; };
-  auto position_of = [&](const uint2& entry) { return entry.y / 32 * kPageTokens + key_row + entry.y % 2 * 8; };
+  auto own_of = [&](const uint2& entry) { return first + (entry.y >> kPositionBits) % T::kThreadQueries; };
+  auto position_of = [](const uint2& entry) { return entry.y % (1u << kPositionBits); };
 #pragma unroll 1
   for (uint32_t begin = 0; begin < longest; begin += kMovedTogether) {
-    const uint2* entries = queue + begin * kConsumerThreads;
-    uint32_t* counter[kMovedTogether];
+    // No branch between the loads: a queue's memory past its end holds anything, which names some row all the same
+    uint2 entry[kMovedTogether];
     uint32_t place[kMovedTogether], taken = 0;
+#pragma unroll
+    for (int i = 0; i < kMovedTogether; ++i) entry[i] = queue[(begin + i) * kConsumerThreads];
+#pragma unroll
+    for (int i = 0; i < kMovedTogether; ++i) {
+      const bool seen = position_of(entry[i]) < static_cast<uint32_t>(sh.limit[own_of(entry[i])]);
+      taken |= static_cast<uint32_t>(seen & (begin + i < length)) << i;
+    }
     // Atomics are never predicated: not to branch around each, lanes without an entry count in a word of their own
 #pragma unroll
     for (int i = 0; i < kMovedTogether; ++i) {
-      const uint2 entry = entries[i * kConsumerThreads];
-      const int own = first + query_of(entry);
-      const bool take = begin + i < length && position_of(entry) < static_cast<uint32_t>(sh.limit[own]);
-      counter[i] = take ? &sh.count[own] : &sh.unused_count[lane];
-      taken |= static_cast<uint32_t>(take) << i;
+      place[i] = atomicAdd((taken >> i & 1) != 0 ? &sh.next_place[own_of(entry[i])] : &sh.unused_count[lane], 1u);
     }
 #pragma unroll
-    for (int i = 0; i < kMovedTogether; ++i) place[i] = atomicAdd(counter[i], 1u);
-#pragma unroll
     for (int i = 0; i < kMovedTogether; ++i) {
-      const uint2 entry = entries[i * kConsumerThreads];
-      if ((taken >> i & 1) != 0 && place[i] < capacity) {
-        lists[first_list + query_of(entry) * next_list + place[i]] = make_uint2(entry.x, position_of(entry));
-      }
+      const bool fits = place[i] < sh.list_end[own_of(entry[i])];
+      ptx::store_if(fits & ((taken >> i & 1) != 0), p.lists + place[i],
+                    make_uint2(entry[i].x, position_of(entry[i])));
     }
   }
   return true;
@@ -379,19 +381,17 @@ __device__ __forceinline__ void end_turn(int group) {
 // Fills the per-row part of `sh` for one tile. All consumers call it; `rows` maps slots to rows (null:
 // slot + row_begin).
 template <int kHeads>
-__device__ __forceinline__ void load_rows(const Params& p, const int32_t* rows, int num_rows, int tile, int split,
+__device__ __forceinline__ void load_rows(const Params& p, const int32_t* rows, int num_rows, int tile,
                                           Shared<kHeads>& sh) {
   constexpr int kQueries = Tile<kHeads>::kQueries;
   const int i = threadIdx.x;
-  if (i == 0) {
-    sh.tile = tile;
-    sh.split = split;
-  }
   const int slot = tile * kQueries + i;
   int row = -1, request = 0, visible = 0;
   if (i < kQueries) {
     if (slot < num_rows) {
       row = rows != nullptr ? rows[slot] : p.row_begin + slot;
+    }
+    if (row >= 0) {
       visible = p.rows.visible[row];
       request = p.rows.request[row];
       if (visible < p.scored_from || visible >= p.scored_to) row = -1;
@@ -442,7 +442,7 @@ __device__ __forceinline__ void load_queries(const Params& p, int group, int thr
   for (int i = 0; i < 2; ++i) {
     int gate_row;
     const int head = source_of(thread + i * kGroupThreads, gate_row);
-    gate[i] = head < 0 ? 0.0f : 0.5f * p.gates[gate_row * p.gates_row_stride + head];
+    gate[i] = head < 0 ? 0.0f : p.gates[gate_row * p.gates_row_stride + head];
   }
 #pragma unroll
   for (int i = 0; i < kOwnColumns; ++i) {
@@ -559,6 +559,8 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
   float gates[64];
   load_floats(gates, sh.gates[group][c]);
 
+  const uint32_t row_stride = kMode == Mode::kSample ? p.num_samples : p.dense_stride;
+
   const uint64_t q_descriptor = ptx::swizzled_descriptor(sh.q[group]);
   const uint64_t key_descriptor = ptx::swizzled_descriptor(sh.keys);
   for (int leader = next_leader(sh, 0); leader < T::kQueries; leader = next_leader(sh, leader + 1)) {
@@ -584,7 +586,9 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
         sh.threshold[0][to] = split * kPageTokens < sh.tie_limit[to] ? threshold : next;
         sh.threshold[1][to] = threshold;
         sh.next_threshold[to] = next;
-        sh.count[to] = member ? 0 : kClosedList;
+        const uint32_t list = static_cast<uint32_t>(slot * p.splits + split) * p.list_capacity;
+        sh.next_place[to] = member ? list : kClosedList;
+        sh.list_end[to] = list + p.list_capacity;
       }
     }
     sync_group(group);
@@ -592,7 +596,7 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
     Queue<kHeads> queue(sh, handed);
 #pragma unroll 1
     for (int page = split, odd = 0; page < pages; page += p.splits, odd ^= 1) {
-      float dots[128];
+      float dots[128] = {};  // ptxas keeps room for values it thinks may be read
       ptx::mbarrier_wait(&sh.full[ring.stage], ring.phase);
       wait_for_turn(group);
       ptx::wgmma_fence();
@@ -618,6 +622,7 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
       ptx::pin_registers(dots);
       if (lane == 0) ptx::mbarrier_arrive(&sh.empty[ring.stage]);
       ring.advance();
+      const uint32_t position = page * kPageTokens + key_row;
 
 #pragma unroll
       for (int checked = 0; checked < T::kThreadQueries; checked += T::kCheckedQueries) {
@@ -632,9 +637,7 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
               const int own = query * kHeads + head;
-              // max(dot, 0) twice over, exactly: additions run at twice the rate of max, and gates are halved
-              const float dot = dots[own / 2 * 4 + 2 * r + own % 2];
-              const float positive = dot + fabsf(dot);
+              const float positive = fmaxf(dots[own / 2 * 4 + 2 * r + own % 2], 0.0f);
               score[r] = head == 0 ? gates[own] * positive : fmaf(gates[own], positive, score[r]);
             }
           }
@@ -642,21 +645,20 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
             // Keys that the row does not see may pass as well: whoever empties the queue drops them
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-              append(queue.end, score[r] * scale[r], threshold[i], page * 32 + query * 2 + r);
+              append(queue.end, score[r] * scale[r], threshold[i],
+                     (static_cast<uint32_t>(query) << kPositionBits) + position + 8 * r);
             }
           } else {
             const int limit = sh.limit[first + query];
-            const int slot = first_slot + query * 4;
+            float* const to = kMode == Mode::kSample ? p.samples : p.dense;
+            const uint32_t at = (first_slot + query * 4) * row_stride + position;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-              const int x = page * kPageTokens + key_row + 8 * r;
+              const bool seen = static_cast<int>(position) + 8 * r < limit;
               if constexpr (kMode == Mode::kSample) {
-                if (limit >= 0) {
-                  p.samples[static_cast<uint32_t>(slot * p.num_samples + x)] =
-                      x < limit ? score[r] * scale[r] : __uint_as_float(kInvalidSample);
-                }
+                if (limit >= 0) to[at + 8 * r] = seen ? score[r] * scale[r] : __uint_as_float(kInvalidSample);
               } else {
-                if (x < limit) p.dense[static_cast<int64_t>(slot) * p.dense_stride + x] = score[r] * scale[r];
+                if (seen) to[at + 8 * r] = score[r] * scale[r];
               }
             }
           }
@@ -673,8 +675,9 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
       if (thread < T::kGroupQueries) {
         const int from = group * T::kGroupQueries + thread;
         if (sh.leader[from] == leader) {
+          const int own = group * T::kGroupQueries + thread % 4 * T::kThreadQueries + thread / 4;
           p.counts[(tile * T::kQueries + from) * p.splits + split] =
-              sh.count[group * T::kGroupQueries + thread % 4 * T::kThreadQueries + thread / 4];
+              sh.next_place[own] - (sh.list_end[own] - p.list_capacity);
         }
       }
     }
@@ -707,7 +710,7 @@ __device__ __forceinline__ void consume_items(const Params& p, const int32_t* ro
   if (group == 1) end_turn(group);
   for (int item = blockIdx.x; item < tiles * p.splits; item += gridDim.x) {
     sync_item<kMode>();
-    load_rows<kHeads>(p, rows, num_rows, item / p.splits, item % p.splits, sh);
+    load_rows<kHeads>(p, rows, num_rows, item / p.splits, sh);
     load_queries<kHeads>(p, group, threadIdx.x % kGroupThreads, sh);
     ptx::fence_proxy_async();
     sync_item<kMode>();
@@ -753,7 +756,7 @@ __global__ __launch_bounds__(kThreads, 1) void score_kernel(const __grid_constan
   if constexpr (kMode != Mode::kCollect) ptx::wait_for_previous_kernel();
   RingCursor ring;
   if (threadIdx.x >= kConsumerThreads) {
-    ptx::set_fewer_registers<kProducerRegisters>();
+    ptx::set_fewer_registers<kMode == Mode::kDense ? kDenseProducerRegisters : kProducerRegisters>();
     if (threadIdx.x < kWorkingThreads || kMode == Mode::kSample) {
       produce_items<kHeads, kMode>(&map, p, p.num_rows, ring, sh);
     } else if constexpr (kMode == Mode::kCollect) {
@@ -761,25 +764,18 @@ __global__ __launch_bounds__(kThreads, 1) void score_kernel(const __grid_constan
     }
     ptx::let_next_kernel_start();
   } else {
-    ptx::set_more_registers<kConsumerRegisters>();
+    ptx::set_more_registers<kMode == Mode::kDense ? kDenseConsumerRegisters : kConsumerRegisters>();
     consume_items<kHeads, kMode>(p, nullptr, p.num_rows, ring, sh);
   }
 }
 
-// Lies where the queues are, which only collecting needs.
-struct RepairShared {
-  SelectScratch scratch;
-  int32_t rows[kMaxLaunchRows];
-  int num_rows;
-};
-
 // The k best of a row's dense scores, ascending. All consumers call it.
 __device__ __forceinline__ void select_dense(const float* scores, int visible, int k, int32_t* out,
-                                             RepairShared& repair) {
+                                             SelectScratch& scratch) {
   auto for_each = [&](auto&& visit) {
     for (int i = threadIdx.x; i < visible; i += kConsumerThreads) visit(rank_value(scores[i], i));
   };
-  const uint64_t cut = kth_largest<kConsumerThreads>(0, ~0ull, k, for_each, repair.scratch);
+  const uint64_t cut = kth_largest<kConsumerThreads>(0, ~0ull, k, for_each, scratch);
   // each warp writes a contiguous range of positions, after counting it
   constexpr int kWarps = kConsumerThreads / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -787,7 +783,7 @@ __device__ __forceinline__ void select_dense(const float* scores, int visible, i
   const int begin = warp * share, end = min(visible, begin + share);
   uint32_t own = 0, total;
   for (int i = begin + lane; i < end; i += 32) own += rank_value(scores[i], i) >= cut;
-  uint32_t place = block_exclusive_sum<kConsumerThreads>(own, repair.scratch.warp_sums, total);
+  uint32_t place = block_exclusive_sum<kConsumerThreads>(own, scratch.warp_sums, total);
   place = __shfl_sync(0xFFFFFFFFu, place, 0);
   for (int first = begin; first < end; first += 32) {
     const int i = first + lane;
@@ -800,62 +796,48 @@ __device__ __forceinline__ void select_dense(const float* scores, int visible, i
 }
 
 // All consumers of all blocks wait for each other; every block must be resident. `arrived` only counts up.
-__device__ __forceinline__ void sync_grid_consumers(uint32_t* arrived, uint32_t& target) {
+__device__ __forceinline__ void sync_grid_consumers(uint32_t* arrived, uint32_t times_before) {
   sync_consumers();
-  target += gridDim.x;
   if (threadIdx.x == 0) {
     __threadfence();
     atomicAdd(arrived, 1u);
+    const uint32_t target = (times_before + 1) * gridDim.x;
     while (*reinterpret_cast<volatile uint32_t*>(arrived) < target) __nanosleep(100);
     __threadfence();
   }
   sync_consumers();
 }
 
-// Decides the rows that `undecided` marks, from all their scores, as many rows at a time as the workspace holds.
+// Decides the rows that `undecided` lists, from all their scores, as many rows at a time as the workspace holds.
 // Almost always there are none and the blocks leave at once. Launched cooperatively.
 template <int kHeads>
 __global__ __launch_bounds__(kThreads, 1) void repair_kernel(const __grid_constant__ CUtensorMap map,
                                                              const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) uint8_t raw[];
-  if (*p.undecided_count == 0) return;
+  // Read anew each time, for registers are scarce
+  auto num_rows = [&] { return static_cast<int>(*p.undecided_count); };
+  if (num_rows() == 0) return;
   auto& sh = init_shared<kHeads, Mode::kDense>(raw, &map);
-  static_assert(sizeof(RepairShared) <= sizeof(sh.queue));
-  auto& repair = *reinterpret_cast<RepairShared*>(sh.queue);
-  if (threadIdx.x < kConsumerThreads) {
-    uint32_t found = 0;
-    for (int begin = 0; begin < p.num_rows; begin += kConsumerThreads) {
-      const int slot = begin + threadIdx.x;
-      const bool marked = slot < p.num_rows && p.undecided[slot] != 0;
-      uint32_t total;
-      const uint32_t before = block_exclusive_sum<kConsumerThreads>(marked, repair.scratch.warp_sums, total);
-      if (marked) repair.rows[found + before] = p.row_begin + slot;
-      found += total;
-    }
-    if (threadIdx.x == 0) repair.num_rows = static_cast<int>(found);
-  }
-  __syncthreads();
-  const int num_rows = repair.num_rows;
   RingCursor ring;
   if (threadIdx.x >= kConsumerThreads) {
-    ptx::set_fewer_registers<kProducerRegisters>();
+    ptx::set_fewer_registers<kDenseProducerRegisters>();
     if (threadIdx.x < kWorkingThreads) {
-      for (int begin = 0; begin < num_rows; begin += p.dense_rows) {
-        produce_items<kHeads, Mode::kDense>(&map, p, min(p.dense_rows, num_rows - begin), ring, sh);
+      for (int begin = 0; begin < num_rows(); begin += p.dense_rows) {
+        produce_items<kHeads, Mode::kDense>(&map, p, min(p.dense_rows, num_rows() - begin), ring, sh);
       }
     }
   } else {
-    ptx::set_more_registers<kConsumerRegisters>();
-    uint32_t arrivals = 0;
-    for (int begin = 0; begin < num_rows; begin += p.dense_rows) {
-      const int rows = min(p.dense_rows, num_rows - begin);
-      consume_items<kHeads, Mode::kDense>(p, repair.rows + begin, rows, ring, sh);
-      sync_grid_consumers(p.arrived, arrivals);
-      for (int i = blockIdx.x; i < rows; i += gridDim.x) {
-        const int row = repair.rows[begin + i];
-        select_dense(p.dense + i * p.dense_stride, p.rows.visible[row], p.k, p.out + row * p.out_row_stride, repair);
+    ptx::set_more_registers<kDenseConsumerRegisters>();
+    for (int begin = 0; begin < num_rows(); begin += p.dense_rows) {
+      consume_items<kHeads, Mode::kDense>(p, p.undecided + begin, min(p.dense_rows, num_rows() - begin), ring, sh);
+      sync_grid_consumers(p.arrived, begin / p.dense_rows * 2);
+      for (int i = blockIdx.x; i < min(p.dense_rows, num_rows() - begin); i += gridDim.x) {
+        const int row = p.undecided[begin + i];
+        if (row < 0) continue;
+        select_dense(p.dense + static_cast<uint32_t>(i) * p.dense_stride, p.rows.visible[row], p.k,
+                     p.out + row * p.out_row_stride, sh.scratch);
       }
-      sync_grid_consumers(p.arrived, arrivals);
+      sync_grid_consumers(p.arrived, begin / p.dense_rows * 2 + 1);
     }
   }
 }

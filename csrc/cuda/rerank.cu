@@ -1,8 +1,8 @@
 // The k best of each row's candidate tokens by the score of all heads: one cluster of CTAs per row.
 //
-// Candidates are split over the cluster. Each warpgroup gathers tiles of 64 keys by asynchronous copies into its own
-// ring of stages, in the swizzled layout that the tensor cores read; scores replace the candidates' addresses in
-// shared memory, and the cluster selects from them (cluster_topk.cuh).
+// Candidates are split over the cluster. Three warps gather tiles of 64 keys by asynchronous copies into a ring of
+// stages, in the swizzled layout that the tensor cores read; two warpgroups score them by turns. Scores replace the
+// candidates' addresses in shared memory, and the cluster selects from them (cluster_topk.cuh).
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -19,13 +19,18 @@ namespace misa {
 namespace {
 
 constexpr int kWarpgroups = 2;
-constexpr int kThreads = 128 * kWarpgroups;
+constexpr int kThreads = 128 * kWarpgroups;  // score and select
+constexpr int kGatherWarps = 3;
+constexpr int kBlockThreads = kThreads + 32 * kGatherWarps;
 constexpr int kTileKeys = 64;
 constexpr int kKeyTileBytes = kTileKeys * kHeadDim;
 constexpr int kScaleTileBytes = kTileKeys * 4;
-constexpr int kStages = 3;  // per warpgroup
+constexpr int kStages = 6;
+// A stage belongs to one warpgroup and to one gathering warp: nobody can be a lap ahead at its barriers.
+static_assert(kStages % kWarpgroups == 0 && kStages % kGatherWarps == 0);
 constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr uint32_t kNoCell = ~0u;
+constexpr int kUnit = 16;  // bytes; an address in the cache is counted in 32 bits of them
 
 template <bool kCluster>
 using RerankTopK = TopK<kThreads, kCluster>;
@@ -43,16 +48,70 @@ struct RerankArguments {
   int64_t out_stride;
 };
 
+struct Pipeline {
+  uint64_t full[kStages];
+  uint64_t empty[kStages];
+};
+
+/// One of the gathering warps: fills every kGatherWarps-th tile. What a candidate that does not exist leaves in its
+/// place does not matter.
+__device__ __forceinline__ void gather_tiles(
+    const IndexCache& cache, const uint32_t* cells, int tile_count, const char* key_tiles, const char* scale_tiles,
+    Pipeline& pipeline) {
+  constexpr int kKeysOfLane = 16;  // 8 lanes a key
+  constexpr int kOwnStages = kStages / kGatherWarps;
+  const int lane = threadIdx.x % 32, chunk = lane % 8, first_key = lane / 8 * kKeysOfLane;
+  const int warp = (threadIdx.x - kThreads) / 32;
+  const uint8_t* const own_chunk = cache.data + chunk * 16;
+  const uint8_t* const page_scales = cache.data + kScalesOffset;
+  const auto page_units = static_cast<uint32_t>(cache.page_stride / kUnit);
+  uint32_t swizzled[8];  // where the chunk of a key lies
+#pragma unroll
+  for (int i = 0; i < 8; ++i) swizzled[i] = i * kHeadDim + (chunk ^ i) * 16;
+  int own_stage = 0;
+  uint32_t phase = 1;
+  for (int tile = warp; tile < tile_count; tile += kGatherWarps) {
+    const int stage = own_stage * kGatherWarps + warp;
+    const uint32_t* tile_cells = cells + tile * kTileKeys;
+    const uint32_t keys = ptx::smem_address(key_tiles + stage * kKeyTileBytes + first_key * kHeadDim);
+    const uint32_t scales = ptx::smem_address(scale_tiles + stage * kScaleTileBytes + lane * 4);
+    ptx::mbarrier_wait(&pipeline.empty[stage], phase);
+#pragma unroll
+    for (int i = 0; i < kKeysOfLane; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(tile_cells + first_key + i);
+      const uint32_t cell[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t units = cell[j] / kPageTokens * page_units + cell[j] % kPageTokens * (kHeadDim / kUnit);
+        ptx::cp_async_if<16>(cell[j] != kNoCell, keys + i / 8 * (8 * kHeadDim) + swizzled[(i + j) % 8],
+                    own_chunk + static_cast<uint64_t>(units) * kUnit);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTileKeys; i += 32) {
+      const uint32_t cell = tile_cells[i + lane];
+      const uint64_t page = static_cast<uint64_t>(cell / kPageTokens * page_units) * kUnit;
+      ptx::cp_async_if<4>(cell != kNoCell, scales + i * 4, page_scales + page + cell % kPageTokens * 4);
+    }
+    ptx::cp_async_mbarrier_arrive(&pipeline.full[stage]);
+    if (++own_stage == kOwnStages) {
+      own_stage = 0;
+      phase ^= 1;
+    }
+  }
+  ptx::cp_async_wait_all();
+}
+
 template <int kHeads, bool kCluster>
-__global__ void __launch_bounds__(kThreads) rerank_kernel(const __grid_constant__ RerankArguments args) {
+__global__ void __launch_bounds__(kBlockThreads, 2) rerank_kernel(const __grid_constant__ RerankArguments args) {
   using Layout = HeadLayout<kHeads>;
   using Selection = RerankTopK<kCluster>;
   extern __shared__ __align__(1024) char shared[];
   char* key_tiles = shared;
-  char* query = key_tiles + kWarpgroups * kStages * kKeyTileBytes;
+  char* query = key_tiles + kStages * kKeyTileBytes;
   char* scale_tiles = query + Layout::kQueryBytes;
-  auto* topk_shared =
-      reinterpret_cast<typename Selection::Shared*>(scale_tiles + kWarpgroups * kStages * kScaleTileBytes);
+  auto* pipeline = reinterpret_cast<Pipeline*>(scale_tiles + kStages * kScaleTileBytes);
+  auto* topk_shared = reinterpret_cast<typename Selection::Shared*>(pipeline + 1);
   auto* cells = reinterpret_cast<uint32_t*>(topk_shared + 1);  // page * 64 + slot, later the key of the score
 
   const int ranks = kCluster ? static_cast<int>(cg::this_cluster().num_blocks()) : 1;
@@ -71,76 +130,58 @@ __global__ void __launch_bounds__(kThreads) rerank_kernel(const __grid_constant_
   if (visible > 0) {
     const int32_t* page_ids = args.rows.pages(row);
 #pragma unroll 4
-    for (int i = threadIdx.x; i < tile_count * kTileKeys; i += kThreads) {
+    for (int i = threadIdx.x; i < tile_count * kTileKeys; i += kBlockThreads) {
       const int position = i < candidate_count ? candidates[i] : -1;
       cells[i] = position >= 0 ? static_cast<uint32_t>(page_ids[position / kPageTokens]) * kPageTokens +
                                      position % kPageTokens
                                : kNoCell;
     }
   } else {
-    for (int i = threadIdx.x; i < tile_count * kTileKeys; i += kThreads) cells[i] = kNoCell;
+    for (int i = threadIdx.x; i < tile_count * kTileKeys; i += kBlockThreads) cells[i] = kNoCell;
   }
   const QueryHeads queries = args.queries.from_row(row);
   store_query<kHeads>(query, queries, 1);
-  float gate[Layout::kHeadsPerLane];
-  load_gates<kHeads>(gate, queries, 1);
   Selection topk(*topk_shared);
   topk.clear();
+  if (threadIdx.x < kStages) {
+    ptx::mbarrier_init(&pipeline->full[threadIdx.x], 32);
+    ptx::mbarrier_init(&pipeline->empty[threadIdx.x], 4);
+    ptx::mbarrier_init_fence();
+  }
   __syncthreads();
+  if (threadIdx.x >= kThreads) {
+    gather_tiles(args.cache, cells, tile_count, key_tiles, scale_tiles, *pipeline);
+    return;  // barriers wait for threads that have not exited
+  }
 
+  float gate[Layout::kHeadsPerLane];
+  load_gates<kHeads>(gate, queries, 1);
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-  char* my_key_tiles = key_tiles + warpgroup * kStages * kKeyTileBytes;
-  char* my_scale_tiles = scale_tiles + warpgroup * kStages * kScaleTileBytes;
-  const int my_tiles = (tile_count - warpgroup + kWarpgroups - 1) / kWarpgroups;
-  const auto gather = [&](int turn) {
-    if (turn < my_tiles) {
-      const uint32_t* tile_cells = cells + (turn * kWarpgroups + warpgroup) * kTileKeys;
-      char* keys = my_key_tiles + turn % kStages * kKeyTileBytes;
-      const int chunk = thread % 8;
-#pragma unroll
-      for (int key = thread / 8; key < kTileKeys; key += 16) {
-        const uint32_t cell = tile_cells[key];
-        const bool exists = cell != kNoCell;
-        const uint8_t* source = args.cache.page(exists ? cell / kPageTokens : 0) + cell % kPageTokens * kHeadDim;
-        ptx::cp_async_or_zero<16>(keys + key * kHeadDim + (chunk ^ (key & 7)) * 16, source + chunk * 16, exists);
-      }
-      if (thread < kTileKeys) {
-        const uint32_t cell = tile_cells[thread];
-        const bool exists = cell != kNoCell;
-        ptx::cp_async_or_zero<4>(
-            my_scale_tiles + turn % kStages * kScaleTileBytes + thread * 4,
-            args.cache.page(exists ? cell / kPageTokens : 0) + kScalesOffset + cell % kPageTokens * 4, exists);
-      }
-    }
-    ptx::cp_async_commit();
-  };
-#pragma unroll
-  for (int turn = 0; turn < kStages - 1; ++turn) gather(turn);
   const int key_of_thread = thread / 32 * 16 + thread % 32 / 4;
-  for (int turn = 0; turn < my_tiles; ++turn) {
-    ptx::cp_async_wait<kStages - 2>();
-    ptx::fence_proxy_async();
-    sync_warpgroup(warpgroup);  // this tile has landed, and the last one has been read by all
-    float d[Layout::kColumns / 2];
-    start_tile<kHeads>(d, my_key_tiles + turn % kStages * kKeyTileBytes, query);
-    gather(turn + kStages - 1);
-    const auto* scales = reinterpret_cast<const float*>(my_scale_tiles + turn % kStages * kScaleTileBytes);
+  for (int tile = warpgroup; tile < tile_count; tile += kWarpgroups) {
+    const int stage = tile % kStages;
+    ptx::mbarrier_wait(&pipeline->full[stage], tile / kStages & 1);
+    ptx::fence_proxy_async();  // the gathering warps' copies are no accesses of the tensor cores' proxy
+    float d[Layout::kColumns / 2] = {};
+    start_tile<kHeads>(d, key_tiles + stage * kKeyTileBytes, query);
+    const auto* scales = reinterpret_cast<const float*>(scale_tiles + stage * kScaleTileBytes);
     const float scale[2] = {scales[key_of_thread], scales[key_of_thread + 8]};
     ptx::wgmma_wait<0>();
     ptx::pin_registers(d);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&pipeline->empty[stage]);
     float sum[2];
     sum_heads<kHeads>(sum, d, gate);
     if (Layout::has_result(1)) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        uint32_t* cell = cells + (turn * kWarpgroups + warpgroup) * kTileKeys + key_of_thread + 8 * half;
+        uint32_t* cell = cells + tile * kTileKeys + key_of_thread + 8 * half;
         const uint32_t key = *cell != kNoCell ? order_key(sum[half] * scale[half]) : 0;
         *cell = key;
         topk.count(key);
       }
     }
   }
-  ptx::cp_async_wait<0>();
 
   const auto cut = topk.find(cells, tile_count * kTileKeys, args.k);
   topk.emit(cells, tile_count * kTileKeys, cut, [&](int place, int index) { out[place] = candidates[index]; });
@@ -154,8 +195,8 @@ __global__ void __launch_bounds__(kThreads) rerank_kernel(const __grid_constant_
 template <int kHeads, bool kCluster>
 void launch_cluster(const RerankArguments& args, int cluster, cudaStream_t stream) {
   const int tiles = (args.candidate_count + kTileKeys - 1) / kTileKeys;
-  const int shared_bytes = kWarpgroups * kStages * (kKeyTileBytes + kScaleTileBytes) +
-                           HeadLayout<kHeads>::kQueryBytes +
+  const int shared_bytes = kStages * (kKeyTileBytes + kScaleTileBytes) + HeadLayout<kHeads>::kQueryBytes +
+                           static_cast<int>(sizeof(Pipeline)) +
                            static_cast<int>(sizeof(typename RerankTopK<kCluster>::Shared)) +
                            (tiles + cluster - 1) / cluster * kTileKeys * 4;
   STD_TORCH_CHECK(
@@ -165,7 +206,7 @@ void launch_cluster(const RerankArguments& args, int cluster, cudaStream_t strea
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "rerank_tokens");
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(args.rows.count * cluster);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(kBlockThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   cudaLaunchAttribute attribute = {};
@@ -208,6 +249,9 @@ void rerank_tokens(
       k >= 1 && candidates.size(1) >= k && out.size(1) >= k, "rerank_tokens: k = ", k,
       " must be at least 1 and at most the number of candidates (", candidates.size(1), ") and of output columns (",
       out.size(1), ")");
+  STD_TORCH_CHECK(
+      args.cache.num_pages * args.cache.page_stride <= static_cast<int64_t>(kUnit) << 32,
+      "rerank_tokens: an index_cache of more than 64 GiB is not supported");
   if (args.rows.count == 0) return;
   args.candidates = static_cast<const int32_t*>(candidates.data_ptr());
   args.candidates_stride = candidates.stride(0);

@@ -1,19 +1,12 @@
 // The router: S[t, j] = |w[t, j]| * sum over complete pool blocks b of relu(q[t, j] . kbar[b]), and its h best heads.
-//
-// Pool block means are rounded to fp16 after division by a power of two of their own, so that they keep 11 bits
-// whatever the keys' range; the queries are exact in fp16, products accumulate in fp32.
-//
-// Sums run in an order that depends on the block index alone: columns of a tile by thread, tiles ascending within a
-// segment (`segment_blocks`), the four lanes of a quad, then segments ascending. So a token gets the same heads from
-// both kernels here, in any batch and with any number of CTAs.
+// Rows of one request share its pooled means where they are many; few rows have a cluster each. Both sum as
+// pooled_scores.cuh says.
 #include <cooperative_groups.h>
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
 
 #include <algorithm>
 
 #include "common/ptx.cuh"
-#include "common/select.cuh"
+#include "pooled_scores.cuh"
 #include "torch_op.h"
 
 namespace cg = cooperative_groups;
@@ -24,50 +17,15 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTileBlocks = 64;      // pool blocks per shared-memory tile of the pooled kernel
-constexpr int kColumns = 8;          // pool blocks per mma
-constexpr int kSegmentTokens = 8192; // context that one CTA of the direct kernel sums at a time
-constexpr int kMeanRowBytes = kHeadDim * 2;
 constexpr int kPagesInFlight = 8;  // of a warp of the pooling kernel
 constexpr int kGroupPages = 8;     // pages that a warp of the direct kernel fetches at a time
 constexpr int kRingGroups = 3;
 constexpr int64_t kMaxPooledBytes = 48 << 20;
-constexpr int kMeanBytes = kHeadDim * 4;
 constexpr int kRingBytesOfWarp = kRingGroups * kGroupPages * kMeanBytes;
 constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr int kHalfSharedBytes = 113 * 1024;  // two CTAs on a multiprocessor, 1 KiB each reserved by the system
 
-__host__ __device__ constexpr int round_up(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-__host__ __device__ inline int segment_blocks_of(int pool_block) {
-  return round_up((kSegmentTokens + pool_block - 1) / pool_block, kColumns);
-}
-
 // ---------------------------------------------------------------- pool block means
-
-/// The 16-byte chunk of a mean's row that holds a chunk of 8 values: rows are 256 bytes, so chunks are spread over
-/// the banks by the row's number.
-__device__ __forceinline__ int swizzled(int chunk, int row) { return chunk ^ (row & 7); }
-
-/// Write a pool block's mean as 128 fp16 and return its power-of-two scale. Lane l holds dimensions 4l .. 4l + 3.
-/// Dimension 32t + 4s + 2e + f is stored at 16s + 8e + 2t + f: the thread of quad lane t then needs dimensions
-/// 32t .. 32t + 31 of a query over the eight k-steps s, which are 32 consecutive bytes.
-__device__ __forceinline__ float store_mean(char* row_data, int row, float4 mean, int lane) {
-  float largest = fmaxf(fmaxf(fabsf(mean.x), fabsf(mean.y)), fmaxf(fabsf(mean.z), fabsf(mean.w)));
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
-  }
-  const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 1u), 253u);
-  const float inverse = __uint_as_float((254u - exponent) << 23);
-  const __half2 low = __floats2half2_rn(mean.x * inverse, mean.y * inverse);
-  const __half2 high = __floats2half2_rn(mean.z * inverse, mean.w * inverse);
-  const int step = lane % 8, quad_lane = lane / 8;
-  *reinterpret_cast<__half2*>(row_data + swizzled(2 * step, row) * 16 + 4 * quad_lane) = low;
-  *reinterpret_cast<__half2*>(row_data + swizzled(2 * step + 1, row) * 16 + 4 * quad_lane) = high;
-  return __uint_as_float(exponent << 23);
-}
 
 /// A warp pools blocks [first, last) of a request: sink(block, mean) for each, ascending. The mean of a block adds
 /// its page means in order of position.
@@ -103,137 +61,6 @@ __device__ __forceinline__ void pool_blocks(
         }
       }
     }
-  }
-}
-
-// ---------------------------------------------------------------- scores on the tensor cores
-
-/// A fragments of 16 heads of one query: 8 k-steps of m16n8k16.
-struct QueryFragment {
-  uint32_t regs[8][4];
-};
-
-__device__ __forceinline__ uint32_t fp8x2_to_half2(uint32_t pair) {
-  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
-  return static_cast<uint32_t>(raw.x) | static_cast<uint32_t>(raw.y) << 16;
-}
-
-/// The bytes of a fragment: heads lane / 4 and lane / 4 + 8, dimensions 32 (lane % 4) on.
-struct QueryBytes {
-  uint4 halves[2][2];
-};
-
-__device__ __forceinline__ QueryBytes load_query(const uint8_t* query, int64_t head_stride, int first_head, int heads) {
-  const int lane = threadIdx.x % 32;
-  QueryBytes bytes = {};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int head = first_head + lane / 4 + 8 * half;
-    if (head < heads) {
-      const auto* source = reinterpret_cast<const uint4*>(query + head * head_stride + 32 * (lane % 4));
-      bytes.halves[half][0] = source[0];
-      bytes.halves[half][1] = source[1];
-    }
-  }
-  return bytes;
-}
-
-__device__ __forceinline__ void convert_query(QueryFragment& fragment, const QueryBytes& bytes) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int step = 0; step < 8; ++step) {
-      const uint4 four = bytes.halves[half][step / 4];
-      const uint32_t word = step % 4 == 0 ? four.x : step % 4 == 1 ? four.y : step % 4 == 2 ? four.z : four.w;
-      fragment.regs[step][half] = fp8x2_to_half2(word & 0xffff);
-      fragment.regs[step][half + 2] = fp8x2_to_half2(word >> 16);
-    }
-  }
-}
-
-/// Adds relu(q . kbar) of 8 pool blocks (rows first .. first + 7 of the tile) to the sums of 16 * kFragments heads.
-/// Blocks from `blocks_left` on do not count.
-template <int kFragments>
-__device__ __forceinline__ void score_columns(
-    float (&sum)[kFragments][2], const QueryFragment (&query)[kFragments], const char* tile, const float* scales,
-    int first, int blocks_left) {
-  const int lane = threadIdx.x % 32;
-  uint32_t kbar[8][2];
-  const int row = first + lane % 8;
-#pragma unroll
-  for (int pair = 0; pair < 4; ++pair) {
-    const int chunk = 4 * pair + lane / 8;
-    uint32_t matrices[4];
-    ptx::load_matrix_x4(matrices, tile + row * kMeanRowBytes + swizzled(chunk, row) * 16);
-    kbar[2 * pair][0] = matrices[0];
-    kbar[2 * pair][1] = matrices[1];
-    kbar[2 * pair + 1][0] = matrices[2];
-    kbar[2 * pair + 1][1] = matrices[3];
-  }
-  const int column = 2 * (lane % 4);
-  const float2 scale = *reinterpret_cast<const float2*>(scales + first + column);
-  float d[kFragments][4] = {};
-#pragma unroll
-  for (int step = 0; step < 8; ++step) {
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f) ptx::mma_fp16(d[f], query[f].regs[step], kbar[step][0], kbar[step][1]);
-  }
-  // a select, not a product with zero: what lies past the last complete block may be infinite
-  const bool counts[2] = {column < blocks_left, column + 1 < blocks_left};
-#pragma unroll
-  for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float left = fmaf(fmaxf(d[f][2 * half], 0.0f), scale.x, sum[f][half]);
-      sum[f][half] = counts[0] ? left : sum[f][half];
-      const float right = fmaf(fmaxf(d[f][2 * half + 1], 0.0f), scale.y, sum[f][half]);
-      sum[f][half] = counts[1] ? right : sum[f][half];
-    }
-  }
-}
-
-/// The sum of a segment over the four lanes of a quad, which each lane gets; restarts the lanes' sums.
-template <int kFragments>
-__device__ __forceinline__ void take_segment(float (&segment)[kFragments][2], float (&sum)[kFragments][2]) {
-#pragma unroll
-  for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float value = sum[f][half];
-      value += __shfl_xor_sync(~0u, value, 1);
-      value += __shfl_xor_sync(~0u, value, 2);
-      segment[f][half] = value;
-      sum[f][half] = 0.0f;
-    }
-  }
-}
-
-/// One warp writes the heads with the largest of scores[0 .. heads), ascending; of equal scores the lower head wins.
-__device__ __forceinline__ void write_top_heads(const float* scores, int heads, int active_heads, int32_t* out) {
-  const int lane = threadIdx.x % 32;
-  uint32_t key[2];
-  int rank[2] = {0, 0};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int head = lane + 32 * half;
-    key[half] = head < heads ? order_key(scores[head]) : 0u;
-  }
-  for (int other = 0; other < heads; ++other) {
-    const uint32_t rival = __shfl_sync(~0u, other < 32 ? key[0] : key[1], other % 32);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int head = lane + 32 * half;
-      rank[half] += rival > key[half] || (rival == key[half] && other < head);
-    }
-  }
-  int written = 0;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int head = lane + 32 * half;
-    const bool chosen = head < heads && rank[half] < active_heads;
-    const uint32_t chosen_lanes = __ballot_sync(~0u, chosen);
-    if (chosen) out[written + __popc(chosen_lanes & ((1u << lane) - 1))] = head;
-    written += __popc(chosen_lanes);
   }
 }
 
@@ -386,6 +213,8 @@ __global__ void __launch_bounds__(kThreads, 2) route_direct_kernel(const __grid_
   __shared__ float scores[kMaxHeads];
   constexpr int kHeads = 16 * kFragments;
 
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();  // all that ran before this kernel is complete: the next one may rely on it
   auto cluster = cg::this_cluster();
   const int ranks = static_cast<int>(cluster.num_blocks()), rank = static_cast<int>(cluster.block_rank());
   const int row = blockIdx.x / ranks;
@@ -439,6 +268,8 @@ __global__ void __launch_bounds__(kThreads, 2) route_direct_kernel(const __grid_
   const QueryBytes query_bytes = load_query(
       args.q + row * args.q_row_stride, args.q_head_stride, 16 * warp, scores_heads ? args.heads : 0);
   float* all_partials = ranks > 1 ? cluster.map_shared_rank(partial, 0) : partial;
+  // loaded here, for at the end nothing else would be under way
+  const float gate = threadIdx.x < args.heads ? args.gates[row * args.gates_stride + threadIdx.x] : 0.0f;
   const float divisor = static_cast<float>(pages_per_block);
   bool first_started = ranks == 1;
   int group = 0;
@@ -492,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, 2) route_direct_kernel(const __grid_
     float total = 0.0f;
 #pragma unroll 8
     for (int segment = 0; segment < segments; ++segment) total += partial[segment * kHeads + threadIdx.x];
-    scores[threadIdx.x] = fabsf(args.gates[row * args.gates_stride + threadIdx.x]) * total;
+    scores[threadIdx.x] = fabsf(gate) * total;
   }
   __syncthreads();
   if (warp == 0) write_top_heads(scores, args.heads, args.active_heads, out);
@@ -506,16 +337,9 @@ void launch_pooled(const RouteArguments& args, int requests, cudaStream_t stream
   const int blocks_per_warp = std::max(1, kPagesInFlight / pages_per_block);
   const dim3 grid((args.max_blocks + kWarps * blocks_per_warp - 1) / (kWarps * blocks_per_warp), requests);
   if (grid.x > 0) launch_simple("route_heads, pooling", pool_kernel, grid, kThreads, stream, args, blocks_per_warp);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((args.rows.count + kWarps - 1) / kWarps);
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, route_pooled_kernel<kFragments>, args), "route_heads");
+  launch_overlapping(
+      "route_heads", route_pooled_kernel<kFragments>, dim3((args.rows.count + kWarps - 1) / kWarps), kThreads, stream,
+      args);
 }
 
 template <int kFragments>
@@ -544,12 +368,14 @@ void launch_direct(const RouteArguments& args, cudaStream_t stream) {
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = ranks;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = ranks;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = ranks > 1 ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, route_direct_kernel<kFragments>, args), "route_heads");
 }
 

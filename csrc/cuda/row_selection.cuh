@@ -3,15 +3,17 @@
 // A histogram of the keys' first digits tells in which narrow range the k-th largest key lies. The few keys of that
 // range are listed, the exact cut is found among them, and one pass over all keys writes what is selected in order of
 // position. The CTAs that share a row ("ranks", in order of position) add up their histograms in global memory, wait
-// for one another, merge their lists, wait again and each find the same cut: two waits, unless the range holds more
-// keys than a list.
+// for one another, merge their lists, which are waited for entry by entry, and each find the same cut. There are more
+// waits if the range holds more keys than a list. Of a short row every rank gets all keys, and each selects alone.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "cluster_topk.cuh"
+#include "common/ptx.cuh"
 #include "common/select.cuh"
 
 namespace misa {
@@ -57,27 +59,65 @@ struct KeyRange {
   __device__ bool is_narrow() const { return !is_tied() || low == high; }
 };
 
-/// What the ranks of one row share. Zero before the launch.
+/// What the ranks of one row share. It may hold anything before the launch: rank 0 clears it and then writes the
+/// launch's signature, without which no rank touches it or the row's other buffers. The last rank to finish takes the
+/// signature away, as a graph replays its launches with the signatures that they were captured with.
 struct RowShared {
   uint32_t counts[kDigits];
   uint32_t arrived[kMaxLevels + 1];
-  uint32_t listed;
-  uint32_t unused[2];
+  uint32_t listed, finished, unused;
+  alignas(16) uint64_t signature;
 };
+static_assert(sizeof(RowShared) % 16 == 0 && offsetof(RowShared, signature) % 16 == 0);
+
+struct RowBuffers {
+  uint32_t more_counts[2][kDigits];
+  uint64_t list[kListedKeys];  // rank values (common/select.cuh)
+
+  /// In their place, of a short row.
+  __device__ uint32_t* keys() { return more_counts[0]; }
+};
+constexpr int kExchangedKeys = sizeof(RowBuffers) / sizeof(uint32_t);
 
 /// In global memory.
 struct Exchange {
-  RowShared* rows;                         // [slots]
-  uint32_t (*more_counts)[2][kDigits];     // [slots]
-  uint64_t (*lists)[kListedKeys];          // [slots], rank values (common/select.cuh)
-  uint32_t (*counts)[kRowsPerItem][2];     // [chunks]: keys above the range, keys in it
+  RowShared* rows;                      // [slots]
+  RowBuffers* buffers;                  // [slots]
+  uint32_t (*counts)[kRowsPerItem][2];  // [chunks]: keys above the range, keys in it; 1 more than they are
+  uint32_t* partials;                   // [slots, partial_words], the routers' (decode_router.cuh)
+  int partial_words;
+  uint64_t signature;                   // of this launch: no other has it
 };
 
-/// A CTA's keys of one row, ascending in position; key 0 means "none". Index i is at position positions[i] if
+/// Words that ranks pass on without a barrier are 0 until they are written, and never 0 then.
+__device__ __forceinline__ uint32_t written_key(uint32_t key) { return key == 0 ? ~1u : key; }  // ~1 is no order key
+__device__ __forceinline__ uint32_t read_key(uint32_t word) { return word == ~1u ? 0 : word; }
+
+template <typename Word>
+__device__ __forceinline__ Word wait_for_word(const Word* pointer) {
+  Word word;
+  do {
+    word = ptx::load_relaxed(pointer);
+  } while (word == 0);
+  return word;
+}
+
+__device__ __forceinline__ bool are_written(const uint4& four) {
+  return four.x != 0 && four.y != 0 && four.z != 0 && four.w != 0;
+}
+
+__device__ __forceinline__ uint4 wait_for_words(const uint32_t* words) {
+  uint4 four;
+  do {
+    four = ptx::load_relaxed(reinterpret_cast<const uint4*>(words));
+  } while (!are_written(four));
+  return four;
+}
+
+/// A CTA's keys of one row, ascending in position; key 0 means "none". Index i is at the i-th position listed if
 /// i < listed_positions, else at i + later_offset. Lies in shared memory.
 struct RowPart {
-  const uint32_t* keys;  // 16-byte aligned
-  const uint32_t* positions;
+  int keys, positions;  // where they begin in the pool, keys at a multiple of 4
   int count;  // a multiple of 4
   int listed_positions, later_offset;
   int32_t* out;
@@ -87,8 +127,6 @@ struct RowPart {
   bool active, is_narrow;
   KeyRange range;
   uint32_t above_of_warp[32];
-
-  __device__ uint32_t position(int i) const { return i < listed_positions ? positions[i] : i + later_offset; }
 };
 
 /// All threads of the CTA call each method together.
@@ -102,11 +140,20 @@ class RowSelection {
   struct Shared {
     typename Digits::Shared digits;
     uint32_t listed, list_start;
+    uint32_t earlier[2][kWarps];  // keys of earlier ranks above the range, and in it
   };
 
-  /// `list`: room for kListedKeys values, unused between calls.
-  __device__ RowSelection(const Exchange& exchange, Shared& shared, uint64_t* list)
-      : exchange_(exchange), shared_(shared), digits_(shared.digits), list_(list) {}
+  /// `list`: room for kListedKeys values, unused between calls. `pool`: where the parts' keys lie, in shared memory.
+  __device__ RowSelection(const Exchange& exchange, Shared& shared, uint64_t* list, uint32_t* pool)
+      : exchange_(exchange), shared_(shared), digits_(shared.digits), list_(list), pool_(pool) {}
+
+  __device__ uint32_t key(const RowPart& part, int i) const { return pool_[part.keys + i]; }
+  __device__ uint4 four_keys(const RowPart& part, int i) const {
+    return *reinterpret_cast<const uint4*>(pool_ + part.keys + i);
+  }
+  __device__ uint32_t position(const RowPart& part, int i) const {
+    return i < part.listed_positions ? pool_[part.positions + i] : i + part.later_offset;
+  }
 
   /// Before the first `count`; a block barrier must follow.
   __device__ void clear() { digits_.clear(); }
@@ -120,13 +167,63 @@ class RowSelection {
   __device__ void count_all(const RowPart& part) {
     clear();
     __syncthreads();
+#pragma unroll 1
     for (int i = 4 * threadIdx.x; i < part.count; i += 4 * kThreads) {
-      const uint4 keys = *reinterpret_cast<const uint4*>(part.keys + i);
+      const uint4 keys = four_keys(part, i);
       count(keys.x);
       count(keys.y);
       count(keys.z);
       count(keys.w);
     }
+  }
+
+  /// Drops, in place and in order, keys of a part that cannot be among its k best; its keys must have been counted, and
+  /// the counts are those of the kept keys afterwards. Returns how many those are, at least min(k, all): if that were
+  /// more than `room`, nothing is changed and the return value is larger than `room`. A block barrier must precede and
+  /// follow. There is room for `room` positions.
+  __device__ int drop_low(const RowPart& part, uint32_t k, int room) {
+    digits_.walk(shared_.digits.counts, k);
+    uint32_t low = 1, kept = shared_.digits.total;
+    if (kept > k) {
+      const int digit = static_cast<int>(shared_.digits.digit);
+      kept = shared_.digits.above + shared_.digits.inside;
+      if (kept > static_cast<uint32_t>(room)) return static_cast<int>(kept);
+      low = KeyRange::of_first_digit(digit).low;
+      for (int i = threadIdx.x; i < digit; i += kThreads) shared_.digits.counts[i] = 0;
+    }
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint32_t placed = 0;
+#pragma unroll 1
+    for (int base = 0; base < part.count; base += 4 * kThreads) {
+      const int i = base + 4 * static_cast<int>(threadIdx.x);
+      const uint4 four = i < part.count ? four_keys(part, i) : uint4{0, 0, 0, 0};
+      const uint32_t key[4] = {four.x, four.y, four.z, four.w};
+      uint32_t place_of[4], mine = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        place_of[j] = key[j] >= low ? position(part, i + j) : 0;
+        mine += key[j] >= low;
+      }
+      uint32_t inclusive = mine;
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const uint32_t other = __shfl_up_sync(~0u, inclusive, offset);
+        if (lane >= offset) inclusive += other;
+      }
+      if (lane == 31) shared_.digits.warp_sums[0][warp] = inclusive;
+      __syncthreads();  // and all keys up to the end of this turn have been read
+      const uint32_t sum = lane < kWarps ? shared_.digits.warp_sums[0][lane] : 0;
+      uint32_t place = placed + __reduce_add_sync(~0u, lane < warp ? sum : 0) + inclusive - mine;
+      placed += __reduce_add_sync(~0u, sum);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (key[j] < low) continue;
+        pool_[part.keys + place] = key[j];
+        pool_[part.positions + place++] = place_of[j];
+      }
+      __syncthreads();
+    }
+    return static_cast<int>(kept);
   }
 
   /// Calls take(place, index) for each of the min(k, all) selected keys of a part whose keys have been counted, places
@@ -155,6 +252,96 @@ class RowSelection {
     return static_cast<int>(min(total, k));
   }
 
+  /// Rank 0 makes `rows` slots from `slot` on ready for the exchange of a row's histograms and lists or of its `keys`,
+  /// and of `partials` words. One warp works, the others need not wait for it.
+  __device__ void prepare(int slot, int rows, int first_chunk, int ranks, int keys, int partials) {
+    if (threadIdx.x / 32 != kWarps - 1) return;
+    const int lane = threadIdx.x % 32;
+    const auto clear = [&](void* words, int bytes) {
+#pragma unroll 1
+      for (int i = lane; i < bytes / 16; i += 32) static_cast<uint4*>(words)[i] = {0, 0, 0, 0};
+    };
+    for (int row = slot; row < slot + rows; ++row) {
+      RowShared& shared = exchange_.rows[row];
+      RowBuffers& buffers = exchange_.buffers[row];
+      clear(shared.arrived, offsetof(RowShared, signature) - offsetof(RowShared, arrived));
+      if (keys > 0) {
+        clear(buffers.keys(), keys * sizeof(uint32_t));
+      } else {
+        clear(shared.counts, sizeof(shared.counts));
+        clear(buffers.list, sizeof(buffers.list));
+      }
+      clear(exchange_.partials + static_cast<int64_t>(row) * exchange_.partial_words, partials * sizeof(uint32_t));
+    }
+    if (keys == 0) clear(exchange_.counts[first_chunk], ranks * sizeof(exchange_.counts[0]));
+    __threadfence();
+    __syncwarp();
+    if (lane < rows) ptx::store_release(&exchange_.rows[slot + lane].signature, exchange_.signature);
+  }
+
+  /// Before a rank's first access to what `prepare` makes ready; a block barrier must follow.
+  __device__ void await_prepared(int slot, int rows) {
+    if (threadIdx.x >= rows) return;
+    while (ptx::load_acquire(&exchange_.rows[slot + threadIdx.x].signature) != exchange_.signature) {
+    }
+    __threadfence();
+  }
+
+  /// Gives a short row's other ranks the keys of this part, which are those of the row from `first` on.
+  __device__ void publish_keys(const RowPart& part, int first) {
+    uint32_t* words = exchange_.buffers[part.slot].keys() + first;
+#pragma unroll 1
+    for (int i = 4 * threadIdx.x; i < part.count; i += 4 * kThreads) {
+      const uint4 keys = four_keys(part, i);
+      ptx::store_relaxed(
+          reinterpret_cast<uint4*>(words + i),
+          uint4{written_key(keys.x), written_key(keys.y), written_key(keys.z), written_key(keys.w)});
+    }
+  }
+
+  /// Collects all `count` keys of a short row in `all`, among them this part's, from `first` on. The histogram is that
+  /// of this part (`is_counted`) or empty before, and that of the row afterwards. A block barrier must precede and
+  /// follow.
+  __device__ void collect_keys(const RowPart& part, int first, int count, bool is_counted, uint32_t* all) {
+    const uint32_t* words = exchange_.buffers[part.slot].keys();
+    const auto is_own = [&](int i) { return i >= first && i < first + part.count; };
+    constexpr int kAtOnce = 2;  // under way; registers are short
+#pragma unroll 1
+    for (int base = 4 * threadIdx.x; base < count; base += 4 * kAtOnce * kThreads) {
+      uint4 keys[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = base + 4 * j * kThreads;
+        if (i < count && !is_own(i)) keys[j] = ptx::load_relaxed(reinterpret_cast<const uint4*>(words + i));
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = base + 4 * j * kThreads;
+        if (i >= count) continue;
+        uint4& four = keys[j];
+        if (is_own(i)) {
+          four = four_keys(part, i - first);
+        } else {
+          if (!are_written(four)) four = wait_for_words(words + i);
+          four = {read_key(four.x), read_key(four.y), read_key(four.z), read_key(four.w)};
+        }
+        *reinterpret_cast<uint4*>(all + i) = four;
+        if (is_own(i) && is_counted) continue;
+        this->count(four.x);
+        this->count(four.y);
+        this->count(four.z);
+        this->count(four.w);
+      }
+    }
+  }
+
+  /// One thread of each rank that needs nothing of the row's exchange any more; `has_left` must follow, best when the
+  /// value has arrived.
+  __device__ uint32_t leave(const RowPart& part) { return atomicAdd(&exchange_.rows[part.slot].finished, 1u); }
+  __device__ void has_left(const RowPart& part, uint32_t before) {
+    if (before == static_cast<uint32_t>(part.ranks) - 1) exchange_.rows[part.slot].signature = 0;
+  }
+
   /// Enters a part of a row with several ranks, whose keys have been counted, into the exchange for the row's k best.
   __device__ void enter(RowPart& part, uint32_t k) {
     if (threadIdx.x == 0) {
@@ -171,17 +358,18 @@ class RowSelection {
 
   /// Takes the row one wait further: narrows the range, or writes this part's selected positions and ends
   /// (part.active = false).
-  __device__ void advance(RowPart& part) {
+  /// `is_counted`: the histogram is still that of this part.
+  __device__ void advance(RowPart& part, bool is_counted) {
     const int level = part.level;
-    if (threadIdx.x == 0) shared_.listed = 0;
-    wait(part, level);
     if (part.is_narrow) {
-      finish_shared(part);
       __syncthreads();
+      finish_shared(part);
       if (threadIdx.x == 0) part.active = false;
       __syncthreads();
       return;
     }
+    wait(part, level);
+    if (threadIdx.x == 0) shared_.listed = 0;  // not earlier: of the row before, others may still write the list
     const auto* totals = reinterpret_cast<const uint4*>(counts_of(part, level));
     for (int i = threadIdx.x; i < kDigits / 4; i += kThreads) {
       reinterpret_cast<uint4*>(shared_.digits.totals)[i] = __ldcg(totals + i);
@@ -196,13 +384,13 @@ class RowSelection {
       part.is_narrow = range.is_narrow();
     }
     if (range.is_narrow()) {
-      publish_list(part, range);
-    } else {
-      count_range(part, range);
-      __syncthreads();
-      add_counts(part, level + 1);
-      clear_counts(part, level + 2);
+      publish_list(part, range, is_counted);
+      return;
     }
+    count_range(part, range);
+    __syncthreads();
+    add_counts(part, level + 1);
+    clear_counts(part, level + 2);
     arrive(part, level + 1);
   }
 
@@ -211,6 +399,7 @@ class RowSelection {
   Shared& shared_;
   Digits digits_;
   uint64_t* list_;
+  uint32_t* pool_;
 
   /// Warps take equal parts of the indices, each lane 4 at a time.
   __device__ static int warp_share(int count) { return (count + 128 * kWarps - 1) / (128 * kWarps) * 128; }
@@ -231,7 +420,7 @@ class RowSelection {
     __syncthreads();
     const int shift = range.shift();
     for (int i = threadIdx.x; i < part.count; i += kThreads) {
-      const uint32_t key = part.keys[i];
+      const uint32_t key = this->key(part, i);
       if (range.holds(key)) atomicAdd(&shared_.digits.counts[(key - range.low) >> shift], 1u);
     }
   }
@@ -244,14 +433,14 @@ class RowSelection {
     uint32_t above = 0;
 #pragma unroll 2
     for (int i = first_of_warp(part.count) + 4 * lane; i < last; i += 128) {
-      const uint4 four = *reinterpret_cast<const uint4*>(part.keys + i);
+      const uint4 four = four_keys(part, i);
       const uint32_t keys[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         above += keys[j] > range.high;
         if (lists && range.holds(keys[j])) {
           list_[atomicAdd(&shared_.listed, 1u)] =
-              static_cast<uint64_t>(keys[j]) << 32 | (0xFFFFFFFFu - part.position(i + j));
+              static_cast<uint64_t>(keys[j]) << 32 | (0xFFFFFFFFu - position(part, i + j));
         }
       }
     }
@@ -265,8 +454,8 @@ class RowSelection {
   __device__ void finish(
       const RowPart& part, const KeyRange& range, uint32_t earlier_above, uint32_t earlier_inside, Take take) {
     if (range.is_tied()) {  // more equal keys than a list holds: the first in order of position are selected
-      const auto above = [&](int i) { return part.keys[i] > range.high; };
-      const auto inside = [&](int i) { return range.holds(part.keys[i]); };
+      const auto above = [&](int i) { return key(part, i) > range.high; };
+      const auto inside = [&](int i) { return range.holds(key(part, i)); };
       const auto before = digits_.tally(part.count, above, inside);
       digits_.place(
           part.count, above, inside, range.need, earlier_above + before.above, earlier_inside + before.inside, take);
@@ -286,7 +475,7 @@ class RowSelection {
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first = first_of_warp(part.count), last = last_of_warp(part.count);
-    const uint32_t first_position = first < part.count ? part.position(first) : 0;
+    const uint32_t first_position = first < part.count ? position(part, first) : 0;
     uint32_t before = lane < warp ? part.above_of_warp[lane] : 0;
     for (int i = lane; i < listed; i += 32) {
       const uint64_t value = list_[i];
@@ -297,14 +486,15 @@ class RowSelection {
 
     const auto cut_key = static_cast<uint32_t>(cut >> 32);
     const uint32_t cut_position = position_of(cut), lower_lanes = (1u << lane) - 1;
+#pragma unroll 1
     for (int base = first; base < last; base += 128) {
       const int i = base + 4 * lane;
-      const uint4 four = i < last ? *reinterpret_cast<const uint4*>(part.keys + i) : uint4{0, 0, 0, 0};
+      const uint4 four = i < last ? four_keys(part, i) : uint4{0, 0, 0, 0};
       const uint32_t keys[4] = {four.x, four.y, four.z, four.w};
       uint32_t lanes[4], place = before;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const bool selected = keys[j] > cut_key || (keys[j] == cut_key && part.position(i + j) <= cut_position);
+        const bool selected = keys[j] > cut_key || (keys[j] == cut_key && position(part, i + j) <= cut_position);
         lanes[j] = __ballot_sync(~0u, selected);
         place += __popc(lanes[j] & lower_lanes);
         before += __popc(lanes[j]);
@@ -321,7 +511,7 @@ class RowSelection {
   /// The histogram of a level. Three take turns: rank 0 clears that of the next level before it arrives at a level,
   /// when all ranks have done with that of two levels ago.
   __device__ uint32_t* counts_of(const RowPart& part, int level) const {
-    return level % 3 == 0 ? exchange_.rows[part.slot].counts : exchange_.more_counts[part.slot][level % 3 - 1];
+    return level % 3 == 0 ? exchange_.rows[part.slot].counts : exchange_.buffers[part.slot].more_counts[level % 3 - 1];
   }
 
   __device__ void clear_counts(const RowPart& part, int level) {
@@ -357,13 +547,19 @@ class RowSelection {
     __syncthreads();
   }
 
-  __device__ void publish_list(RowPart& part, const KeyRange& range) {
+  __device__ void publish_list(RowPart& part, const KeyRange& range, bool is_counted) {
+    uint32_t* listed = &exchange_.rows[part.slot].listed;
+    uint32_t list_start = 0;
+    if (threadIdx.x == 0 && is_counted && !range.is_tied()) {  // under way while the keys are searched
+      const uint32_t own = shared_.digits.counts[shared_.digits.digit];
+      if (own > 0) list_start = atomicAdd(listed, own);
+    }
     list_keys(part, range);
     __syncthreads();
     uint32_t above = 0, inside = shared_.listed;
     if (range.is_tied()) {
       const auto before = digits_.tally(
-          part.count, [](int) { return false; }, [&](int i) { return range.holds(part.keys[i]); });
+          part.count, [](int) { return false; }, [&](int i) { return range.holds(key(part, i)); });
       inside = before.all_inside;
     }
     if (threadIdx.x < 32) {
@@ -371,32 +567,42 @@ class RowSelection {
     }
     if (threadIdx.x == 0) {
       uint32_t* counts = exchange_.counts[part.first_chunk + part.rank][part.row_in_item];
-      counts[0] = above;
-      counts[1] = inside;
-      shared_.list_start = shared_.listed > 0 ? atomicAdd(&exchange_.rows[part.slot].listed, shared_.listed) : 0;
+      ptx::store_relaxed(counts, above + 1);
+      ptx::store_relaxed(counts + 1, inside + 1);
+      if (!is_counted && shared_.listed > 0) list_start = atomicAdd(listed, shared_.listed);
+      shared_.list_start = list_start;
     }
     __syncthreads();
-    uint64_t* list = exchange_.lists[part.slot] + shared_.list_start;
-    for (int i = threadIdx.x; i < shared_.listed; i += kThreads) list[i] = list_[i];
-  }
-
-  __device__ uint32_t earlier_ranks(const RowPart& part, int which) const {
-    uint32_t sum = 0;
-    for (int rank = threadIdx.x % 32; rank < part.rank; rank += 32) {
-      sum += __ldcg(&exchange_.counts[part.first_chunk + rank][part.row_in_item][which]);
-    }
-    return __reduce_add_sync(~0u, sum);
+    uint64_t* list = exchange_.buffers[part.slot].list + shared_.list_start;
+    for (int i = threadIdx.x; i < shared_.listed; i += kThreads) ptx::store_relaxed(list + i, list_[i]);
   }
 
   __device__ void finish_shared(const RowPart& part) {
     const KeyRange range = part.range;
+    const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
+    const bool is_earlier = thread < part.rank;  // than this rank; there are fewer than kThreads
+    const uint32_t* counts = exchange_.counts[part.first_chunk + thread][part.row_in_item];
+    uint32_t sums[2] = {is_earlier ? ptx::load_relaxed(counts) : 1, 1};  // 1 more than they are
     if (!range.is_tied()) {
-      for (int i = threadIdx.x; i < range.inside; i += kThreads) list_[i] = __ldcg(exchange_.lists[part.slot] + i);
+      const uint64_t* list = exchange_.buffers[part.slot].list;
+      for (int i = threadIdx.x; i < range.inside; i += kThreads) list_[i] = wait_for_word(list + i);
+    } else if (is_earlier) {
+      sums[1] = wait_for_word(counts + 1);
     }
-    const uint32_t above = earlier_ranks(part, 0), inside = range.is_tied() ? earlier_ranks(part, 1) : 0;
+    if (sums[0] == 0) sums[0] = wait_for_word(counts);
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const uint32_t sum = __reduce_add_sync(~0u, sums[which] - 1);
+      if (lane == 0) shared_.earlier[which][threadIdx.x / 32] = sum;
+    }
     __syncthreads();
+    const uint32_t above = __reduce_add_sync(~0u, lane < kWarps ? shared_.earlier[0][lane] : 0);
+    const uint32_t inside = __reduce_add_sync(~0u, lane < kWarps ? shared_.earlier[1][lane] : 0);
+    const uint32_t before = threadIdx.x == 0 ? leave(part) : 0;
     int32_t* out = part.out;
-    finish(part, range, above, inside, [&](int place, int i) { out[place] = static_cast<int32_t>(part.position(i)); });
+    finish(part, range, above, inside, [&](int place, int i) { out[place] = static_cast<int32_t>(position(part, i)); });
+    if (threadIdx.x == 0) has_left(part, before);
   }
 };
 

@@ -35,6 +35,23 @@ void launch_simple(
   check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), what);
 }
 
+/// May start before the previous kernel of the stream has ended, for which the kernel must wait.
+template <typename... Parameters, typename... Arguments>
+void launch_overlapping(
+    const char* what, void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
+    const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+}
+
 inline void check_tensor(const Tensor& tensor, const char* name, ScalarType dtype, int dim) {
   STD_TORCH_CHECK(tensor.is_cuda(), name, " must be a CUDA tensor");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");

@@ -41,6 +41,10 @@ class Kernels(Protocol):
     A row takes part in a call if `visible_from <= visible < visible_to` (None: no bound); every other row of
     the output keeps what it held. Nothing here synchronises with the host, and pages that no row may see are
     never read: they may hold NaN, and the unused part of a block table may hold any number.
+
+    An implementation may have `route_and_select(q, gates, index_cache, rows, active_heads, pool_block, k, out,
+    visible_from)` as well, which is `select_tokens` by the heads of `route_heads`; where there is none,
+    `IndexerStep.route_and_select` calls the two.
     """
 
     @staticmethod

@@ -22,7 +22,9 @@ _MAX_POOLED_BYTES = 48 << 20
 _EXTENSION = Extension(
     "CUDA",
     "_cuda.so",
-    traced=("update_page_means", "route_heads", "decode_select", "prefill_select", "rerank_tokens"),
+    traced=(
+        "update_page_means", "route_heads", "decode_select", "decode_route_select", "prefill_select", "rerank_tokens",
+    ),  # fmt: skip
     not_built=(
         "the CUDA extension was not built, install CUDA 12.8 or later and reinstall misa_vllm with MISA_BUILD_EXT=cuda"
     ),
@@ -97,18 +99,51 @@ def select_tokens(
     """
     IndexerChecks("select_tokens", _DEMANDS).select(q, gates, heads, index_cache, rows, k, out)
     operators = _EXTENSION.operators
+    visible_to = _NO_BOUND if visible_to is None else visible_to
     if _is_decode(rows):
-        select = operators.decode_select
         size = operators.decode_workspace_bytes(len(rows))
         workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
-    else:
-        select = operators.prefill_select
-        if workspace is None:
-            size = operators.prefill_workspace_bytes(rows.max_visible)
-            workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
-    select(
+        operators.decode_select(
+            q, gates, heads, index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, k, out,
+            visible_from, visible_to, workspace,
+        )  # fmt: skip
+        return
+    if workspace is None:
+        size = operators.prefill_workspace_bytes(rows.max_visible)
+        workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
+    operators.prefill_select(
         q, gates, heads, index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, k, out,
-        visible_from, _NO_BOUND if visible_to is None else visible_to, workspace,
+        visible_from, visible_to, workspace,
+    )  # fmt: skip
+
+
+def route_and_select(
+    q: torch.Tensor,
+    gates: torch.Tensor,
+    index_cache: torch.Tensor,
+    rows: QueryRows,
+    active_heads: int,
+    pool_block: int,
+    k: int,
+    out: torch.Tensor,
+    visible_from: int = 0,
+    routed: torch.Tensor | None = None,
+) -> None:
+    """`select_tokens` by the heads of `route_heads`, in one launch where rows are few.
+
+    `routed` [M, active_heads] int32 gets the heads of the rows that are scored, if they are few.
+    """
+    if not _is_decode(rows):
+        heads = route_heads(q, gates, index_cache, rows, active_heads, pool_block)
+        select_tokens(q, gates, heads, index_cache, rows, k, out, visible_from)
+        return
+    IndexerChecks("route_heads", _DEMANDS).route(q, gates, index_cache, rows, active_heads, pool_block)
+    IndexerChecks("select_tokens", _DEMANDS).select(q, gates, None, index_cache, rows, k, out)
+    size = _EXTENSION.operators.decode_route_workspace_bytes(len(rows), rows.max_visible)
+    workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
+    _EXTENSION.operators.decode_route_select(
+        q, gates, index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, active_heads,
+        pool_block, k, out, visible_from, workspace, routed,
     )  # fmt: skip
 
 
@@ -134,5 +169,5 @@ def rerank_tokens(
 def workspace_bytes(max_rows: int, max_visible: int, k: int) -> int:
     """See `misa_vllm.kernels.Kernels.workspace_bytes`."""
     most_pooled = max_rows // 8 * (max_visible // PAGE_TOKENS) * (INDEX_HEAD_DIM * 2 + 4)
-    decode = _EXTENSION.operators.decode_workspace_bytes(min(max_rows, MAX_DECODE_ROWS))
+    decode = _EXTENSION.operators.decode_route_workspace_bytes(min(max_rows, MAX_DECODE_ROWS), max_visible)
     return prefill_workspace_bytes(max_visible) + max(min(most_pooled, _MAX_POOLED_BYTES), decode)

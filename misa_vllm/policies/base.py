@@ -28,6 +28,20 @@ class IndexerStep:
         """The routed heads of every row, [M, h] int32."""
         return self.kernels.route_heads(self.q, self.gates, self.index_cache, self.rows, active_heads, pool_block)
 
+    def route_and_select(
+        self, active_heads: int, pool_block: int, k: int, out: torch.Tensor, visible_from: int = 0
+    ) -> None:
+        """Select k tokens by the score of the routed heads for the rows with visible_from <= visible."""
+        if self.rows.max_visible < visible_from:
+            return
+        together = getattr(self.kernels, "route_and_select", None)
+        if together is None:
+            self.select(self.route(active_heads, pool_block), k, out, visible_from=visible_from)
+        else:
+            together(
+                self.q, self.gates, self.index_cache, self.rows, active_heads, pool_block, k, out, visible_from
+            )
+
     def select(
         self,
         heads: torch.Tensor | None,

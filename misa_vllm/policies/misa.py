@@ -13,6 +13,6 @@ class MISA(Policy):
             first_routed = 0  # the rows below see at most k tokens: any selection takes them all, without scoring
         else:
             step.select(None, settings.topk, out, visible_to=first_routed)
-        if step.rows.max_visible >= first_routed:
-            heads = step.route(settings.active_heads, settings.pool_block)
-            step.select(heads, settings.topk, out, visible_from=first_routed)
+        step.route_and_select(
+            settings.active_heads, settings.pool_block, settings.topk, out, visible_from=first_routed
+        )

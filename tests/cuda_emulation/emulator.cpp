@@ -7,6 +7,7 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -17,6 +18,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <thread>
+#include <unordered_map>
 
 #include "cuda_fp16.h"
 #include "emulated_ptx.h"
@@ -58,11 +60,19 @@ struct Product {
   int columns;
   const char *a, *b;
   bool accumulate;
+  uint64_t fenced;  // the issuing thread's last proxy fence
 };
 
 struct BarrierCopy {
   std::vector<Copy> parts;
   uint64_t* barrier;
+  Fiber* thread = nullptr;  // whose cp.async these are: then it arrives when they have landed
+};
+
+/// Bytes that a thread's cp.async wrote, which tensor cores may read after a proxy fence only.
+struct Written {
+  uint64_t when;
+  const Fiber* thread;
 };
 
 struct Grid;
@@ -81,7 +91,7 @@ struct Fiber {
   const char* waits_for = nullptr;
   std::vector<std::vector<Copy>> copies{1};  // the last group is open
   std::vector<std::vector<Product>> products{1};
-  uint64_t cluster_phase = 0;
+  uint64_t cluster_phase = 0, fenced = 0;
   bool in_cluster_phase = false, ended = false;
 };
 
@@ -100,6 +110,7 @@ struct Cta {
   Barrier barriers[16];
   std::vector<std::pair<Fiber*, std::pair<uint64_t*, uint32_t>>> mbarrier_waits;
   std::vector<BarrierCopy> copies;
+  std::unordered_map<uintptr_t, Written> written;  // of 16 bytes each
   unsigned order;  // how the next thread is picked
 };
 
@@ -287,6 +298,13 @@ void complete_phase(Cta& cta, uint64_t* barrier) {
   }
 }
 
+void arrive_once(Cta& cta, uint64_t* barrier) {
+  MbarrierState& state = state_of(barrier);
+  state.phase_and_pending = static_cast<int16_t>(state.phase_and_pending - 2);
+  ++progress;
+  complete_phase(cta, barrier);
+}
+
 void land(const Copy& copy) {
   if (copy.zero) {
     std::memset(copy.destination, 0, copy.bytes);
@@ -295,11 +313,20 @@ void land(const Copy& copy) {
   }
 }
 
-void land_one(Cta& cta) {
-  const size_t i = random_bits() % cta.copies.size();
+void land_of(const Fiber& thread, const Copy& copy) {
+  land(copy);
+  if (copy.bytes == 16) thread.cta->written[reinterpret_cast<uintptr_t>(copy.destination)] = {++progress, &thread};
+}
+
+void land_one(Cta& cta, size_t i) {
   const BarrierCopy copy = std::move(cta.copies[i]);
   cta.copies[i] = std::move(cta.copies.back());
   cta.copies.pop_back();
+  if (copy.thread != nullptr) {
+    for (const Copy& part : copy.parts) land_of(*copy.thread, part);
+    arrive_once(cta, copy.barrier);
+    return;
+  }
   uint32_t bytes = 0;
   for (const Copy& part : copy.parts) {
     land(part);
@@ -310,9 +337,23 @@ void land_one(Cta& cta) {
   complete_phase(cta, copy.barrier);
 }
 
+void land_one(Cta& cta) { land_one(cta, random_bits() % cta.copies.size()); }
+
 void finish_group(std::vector<Copy>& group) {
-  for (const Copy& copy : group) land(copy);
+  for (const Copy& copy : group) land_of(*this_fiber, copy);
   group.clear();
+}
+
+/// Lands what the thread handed over to barriers.
+void finish_arrivals() {
+  auto& copies = this_fiber->cta->copies;
+  for (size_t i = 0; i < copies.size();) {
+    if (copies[i].thread == this_fiber) {
+      land_one(*this_fiber->cta, i);
+    } else {
+      ++i;
+    }
+  }
 }
 
 // ---------------------------------------------------------------- barriers
@@ -839,9 +880,7 @@ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
 void mbarrier_arrive(uint64_t* barrier, uint32_t expected_bytes) {
   MbarrierState& state = state_of(barrier);
   state.bytes += static_cast<int32_t>(expected_bytes);
-  state.phase_and_pending = static_cast<int16_t>(state.phase_and_pending - 2);
-  ++progress;
-  complete_phase(*this_fiber->cta, barrier);
+  arrive_once(*this_fiber->cta, barrier);
 }
 
 void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -866,7 +905,7 @@ void copy_to_barrier(std::vector<Copy> parts, uint64_t* barrier) {
 void thread_copy(const Copy& copy) {
   std::memset(copy.destination, kPoison, copy.bytes);
   if (one_in(4)) {
-    land(copy);
+    land_of(*this_fiber, copy);
   } else {
     this_fiber->copies.back().push_back(copy);
   }
@@ -878,18 +917,28 @@ void thread_copy_wait(int pending) {
   auto& groups = this_fiber->copies;
   const int done = static_cast<int>(groups.size()) - 1 - pending;
   if (done <= 0) return;
+  finish_arrivals();
   for (int i = 0; i < done; ++i) finish_group(groups[i]);
   groups.erase(groups.begin(), groups.begin() + done);
 }
 
 void thread_copy_wait_all() {
+  finish_arrivals();
   for (auto& group : this_fiber->copies) finish_group(group);
   this_fiber->copies.assign(1, {});
 }
 
 void thread_copy_arrive(uint64_t* barrier) {
-  thread_copy_wait_all();
-  mbarrier_arrive(barrier, 0);
+  state_of(barrier);
+  BarrierCopy copy{{}, barrier, this_fiber};
+  for (auto& group : this_fiber->copies) copy.parts.insert(copy.parts.end(), group.begin(), group.end());
+  this_fiber->copies.assign(1, {});
+  this_fiber->cta->copies.push_back(std::move(copy));
+}
+
+void fence_proxy_async() {
+  this_fiber->fenced = ++progress;
+  maybe_switch();
 }
 
 float e4m3(uint8_t byte) {
@@ -909,12 +958,17 @@ float e4m3(uint8_t byte) {
 
 namespace {
 
-/// 32 bytes of row `row` of an operand under the 128-byte swizzle.
-void read_row(float* out, const char* base, int row) {
+/// 32 bytes of row `row` of an operand under the 128-byte swizzle, by a thread that last fenced at `fenced`.
+void read_row(float* out, const char* base, int row, uint64_t fenced) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(row) * 128;
   for (int chunk = 0; chunk < 2; ++chunk) {
     uintptr_t address = first + chunk * 16;
     address ^= (address >> 7 & 7) << 4;
+    const auto& written = this_fiber->cta->written;
+    const auto copied = written.empty() ? written.end() : written.find(address);
+    if (copied != written.end() && copied->second.when > std::max(fenced, copied->second.thread->fenced)) {
+      fail("wgmma reads what cp.async wrote without a proxy fence between them");
+    }
     for (int i = 0; i < 16; ++i) out[chunk * 16 + i] = e4m3(reinterpret_cast<const uint8_t*>(address)[i]);
   }
 }
@@ -924,8 +978,8 @@ void multiply(void* const* arguments, int warp) {
   for (size_t number = 0; number < groups.size(); ++number) {
     const Product& product = groups[number];
     float a[16][32], b[256][32];
-    for (int row = 0; row < 16; ++row) read_row(a[row], product.a, 16 * warp + row);
-    for (int column = 0; column < product.columns; ++column) read_row(b[column], product.b, column);
+    for (int row = 0; row < 16; ++row) read_row(a[row], product.a, 16 * warp + row, product.fenced);
+    for (int column = 0; column < product.columns; ++column) read_row(b[column], product.b, column, product.fenced);
     for (int lane = 0; lane < 32; ++lane) {
       const Product& mine = (*static_cast<const std::vector<Product>*>(arguments[lane]))[number];
       for (int i = 0; i < product.columns / 8; ++i) {
@@ -951,7 +1005,7 @@ void wgmma(float* d, int columns, const char* a, const char* b, bool accumulate)
     fail("an operand of wgmma is not at a multiple of 1024 bytes");
   }
   if (!accumulate) std::fill(d, d + columns / 2, std::numeric_limits<float>::quiet_NaN());
-  this_fiber->products.back().push_back({d, columns, a, b, accumulate});
+  this_fiber->products.back().push_back({d, columns, a, b, accumulate, this_fiber->fenced});
 }
 
 void wgmma_commit() { this_fiber->products.emplace_back(); }

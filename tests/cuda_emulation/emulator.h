@@ -6,7 +6,8 @@
 //
 //   shared memory     starts as 0xFF bytes, and is 0xFF again once its CTA has ended
 //   copies            (cp.async, bulk, tensor) spoil their destination at once and land late, in any order
-//   wgmma             reads its operands when it is waited for; accumulators are NaN until then
+//   wgmma             reads its operands when it is waited for; accumulators are NaN until then; what cp.async wrote
+//                     needs a proxy fence before it
 //   CTAs              start in order as multiprocessors have room, and are interrupted at atomics and fences
 //   dependent launch  the next kernel starts as early as it may
 //   global memory     each tensor ends at an inaccessible page, and is compared if the operator must not write it
@@ -91,6 +92,7 @@ void thread_copy_commit();
 void thread_copy_wait(int pending);
 void thread_copy_wait_all();
 void thread_copy_arrive(uint64_t* barrier);
+void fence_proxy_async();
 
 /// d [columns / 2] (+)= 32 dimensions of a tile of 64 keys times `columns` columns, laid out as the hardware does.
 void wgmma(float* d, int columns, const char* a, const char* b, bool accumulate);

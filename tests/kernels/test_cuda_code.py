@@ -14,9 +14,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 INSTALLED = REPOSITORY / "misa_vllm/_cuda.so"
 TENSOR_CORE_KERNELS = ("score_kernel", "decode_select_kernel", "rerank_kernel")
 """Kernels whose products are FP8 on the tensor cores."""
-MAY_SPILL = ("repair_kernel", "final_kernelILi48E", "score_kernelILi4E")
-"""Prefill for rows whose threshold failed, for lists as long as thousands of candidates need, and for at most four
-heads: what they hold is more than the registers of a thread, and little beside the keys that they read."""
+MAY_SPILL = ("score_kernelILi4E",)
+"""Prefill for at most four heads: what a thread holds of as many queries is more than its registers."""
 
 pytestmark = pytest.mark.skipif(
     not (REPOSITORY / "setup.py").exists(), reason="the tests run outside of the source tree"

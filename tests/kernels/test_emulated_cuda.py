@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from misa_vllm import reference
-from misa_vllm.index_cache import PAGE_TOKENS, scales_view
+from misa_vllm.index_cache import MEAN_OFFSET, PAGE_TOKENS, scales_view
 from misa_vllm.rows import QueryRows
 
 from .. import cuda_emulation
@@ -17,12 +17,14 @@ from .cases import make_case, random_heads
 
 NO_BOUND = 2**31 - 1
 UNTOUCHED = -7
+DEFAULT_VARIANT, COOPERATIVE, OVERLAPS, SAME_SIGNATURE, EXCHANGES_KEYS, MORE_STAGES = 53, 1, 2, 8, 16, 32
 
 
-def decode_select(operators, case, heads, k, visible_from=0, visible_to=NO_BOUND):
+def decode_select(operators, case, heads, k, visible_from=0, visible_to=NO_BOUND, workspace=None):
     """Always the kernel for few rows; its workspace holds anything."""
     out = torch.full((len(case), k + 3), UNTOUCHED, dtype=torch.int32)
-    workspace = torch.full((operators.decode_workspace_bytes(len(case)),), 0xA5, dtype=torch.uint8)
+    if workspace is None:
+        workspace = torch.full((operators.decode_workspace_bytes(len(case)),), 0xA5, dtype=torch.uint8)
     rows = case.rows
     operators.decode_select(
         case.q, case.gates, heads, case.index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, k,
@@ -140,6 +142,163 @@ def test_rows_that_do_not_fit_into_one_cta(operators, order, rows_each):
     elif order == "mostly nan":
         scales_view(case.index_cache)[case.rows.block_table[0, 100:400].long()] = torch.nan
     assert_equals_reference(operators, case, random_heads(case, 8), 2048 if order != "constant" else 500)
+
+
+def test_a_replayed_launch_finds_the_workspace_of_the_last_one(operators):
+    """A graph replays a launch with the same arguments, other lengths and what the launch before left behind."""
+    case = in_order(make_case([[5000], [3000], [700, 701]], 8, seed=6, exact=True))
+    heads = random_heads(case, 8)
+    operators.configure(9, seed=6)
+    workspace = torch.full((operators.decode_workspace_bytes(len(case)),), 0xA5, dtype=torch.uint8)
+    lengths = case.rows.visible
+    operators.decode_variant(DEFAULT_VARIANT | SAME_SIGNATURE)
+    try:
+        for share in (1.0, 0.3, 0.9, 0.0, 0.6):
+            visible = (lengths * share).int()
+            case.rows = QueryRows(case.rows.block_table, case.rows.request, visible, case.rows.max_visible)
+            want = torch.full((len(case), 200), UNTOUCHED, dtype=torch.int32)
+            reference.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, 200, want)
+            assert torch.equal(decode_select(operators, case, heads, 200, workspace=workspace), want)
+    finally:
+        operators.decode_variant(DEFAULT_VARIANT)
+
+
+def assert_routes_and_selects(kernels, case, k, pool_block, active_heads=8, want=None, **bounds):
+    """One launch gives the heads and tokens of the two kernels that it replaces, to the bit; returns the tokens."""
+    operators = kernels._EXTENSION.operators
+    out = torch.full((len(case), k + 3), UNTOUCHED, dtype=torch.int32)
+    routed = torch.full((len(case), active_heads), UNTOUCHED, dtype=torch.int32)
+    operators_before = operators.launches
+    args = (case.q, case.gates, case.index_cache, case.rows, active_heads, pool_block)
+    kernels.route_and_select(*args, k, out, routed=routed, **bounds)
+    assert operators.launches == operators_before + 1
+    assert (out[:, k:] == UNTOUCHED).all()
+    heads = kernels.route_heads(*args)
+    scored = (case.rows.visible > k) & (case.rows.visible >= bounds.get("visible_from", 0))
+    assert torch.equal(routed, heads.masked_fill(~scored.unsqueeze(1), UNTOUCHED))
+    want = torch.full((len(case), k), UNTOUCHED, dtype=torch.int32)
+    reference.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, k, want, **bounds)
+    torch.testing.assert_close(out[:, :k], want, rtol=0, atol=0)
+    return out[:, :k]
+
+
+BLOCK_BORDERS = [[8192], [8191], [8256], [16_448], [4096], [1024], [1023], [0], [600]]
+
+
+@pytest.mark.parametrize("batch", range(1, 10))
+def test_routing_and_selection_in_one_launch(operators, emulated_cuda, batch):
+    operators.configure(2 + 3 * batch, seed=batch)
+    case = in_order(make_case(BLOCK_BORDERS[:batch], [64, 32, 16][batch % 3], seed=batch, exact=True))
+    assert_routes_and_selects(emulated_cuda, case, 512, [1024, 64, 128][batch % 3])
+
+
+@pytest.mark.parametrize("pool_block", [64, 128, 1024])
+@pytest.mark.parametrize("multiprocessors", [1, 2, 9, 33])
+def test_one_row_is_routed_alike_by_any_number_of_ctas(operators, emulated_cuda, pool_block, multiprocessors):
+    """Borders of the CTAs' pages lie on borders of pool blocks, and a page before and behind them."""
+    operators.configure(multiprocessors, seed=pool_block)
+    for visible in (9 * pool_block, 16_384 - 64, 16_384 + 64):
+        case = make_case([[visible]], 64, seed=visible, exact=True)
+        assert_routes_and_selects(emulated_cuda, case, 300, pool_block)
+
+
+@pytest.mark.parametrize("rows_each, multiprocessors", [(2, 3), (3, 20), (4, 3), (4, 20)])
+def test_routing_of_speculative_rows(operators, emulated_cuda, rows_each, multiprocessors):
+    """A request's rows see different numbers of complete blocks, of one segment and of several."""
+    operators.configure(multiprocessors, seed=rows_each)
+    lengths = [20_481, 9217, 4097, 1025, 700]
+    case = in_order(make_case([[n - i for i in range(rows_each)] for n in lengths], 64, seed=rows_each, exact=True))
+    assert_routes_and_selects(emulated_cuda, case, 600, 1024)
+
+
+@pytest.mark.parametrize("active_heads", [1, 9, 32, 64])
+def test_routing_to_any_number_of_heads(operators, emulated_cuda, active_heads):
+    operators.configure(7, seed=active_heads)
+    case = in_order(make_case([[9000, 9001], [700], [2049]], 64, seed=3, exact=True))
+    assert_routes_and_selects(emulated_cuda, case, 100, 128, active_heads)
+
+
+def test_routing_of_a_row_that_does_not_fit_into_one_cta(operators, emulated_cuda):
+    operators.configure(2, seed=1)
+    case = in_order(make_case([[50_000], [30_000], [3000], [70]], 16, seed=1, exact=True))
+    assert_routes_and_selects(emulated_cuda, case, 1000, 1024, visible_from=1024)
+
+
+def test_a_replayed_route_finds_the_workspace_of_the_last_one(operators, emulated_cuda):
+    """Sums, keys and counts of the launch before lie where this one's will, and lengths change."""
+    case = in_order(make_case([[18_000], [4000], [700, 701]], 32, seed=6, exact=True))
+    operators.configure(12, seed=6)
+    workspace = torch.full(
+        (operators.decode_route_workspace_bytes(len(case), case.rows.max_visible),), 0xA5, dtype=torch.uint8
+    )
+    lengths = case.rows.visible
+    operators.decode_variant(DEFAULT_VARIANT | SAME_SIGNATURE)
+    try:
+        for share in (1.0, 0.95, 0.3, 0.3, 1.0, 0.0):
+            rows = QueryRows(
+                case.rows.block_table, case.rows.request, (lengths * share).int(), case.rows.max_visible
+            )
+            q = case.q.roll(int(share * 100), 0)
+            heads = emulated_cuda.route_heads(q, case.gates, case.index_cache, rows, 8, 256)
+            want, out = torch.full((2, len(case), 200), UNTOUCHED, dtype=torch.int32)
+            reference.select_tokens(q, case.gates, heads, case.index_cache, rows, 200, want)
+            operators.decode_route_select(
+                q, case.gates, case.index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, 8, 256,
+                200, out, 0, workspace, None,
+            )  # fmt: skip
+            assert torch.equal(out, want)
+    finally:
+        operators.decode_variant(DEFAULT_VARIANT)
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 7, 20])
+@pytest.mark.parametrize("variant", [DEFAULT_VARIANT | OVERLAPS, (DEFAULT_VARIANT | OVERLAPS) & ~COOPERATIVE])
+def test_routing_that_starts_before_the_page_means_are_there(operators, emulated_cuda, variant, multiprocessors):
+    case = in_order(make_case([[12_000], [5000, 5001], [700], [1500], [0]], 32, seed=4, exact=True))
+    rows = case.rows
+    heads = emulated_cuda.route_heads(case.q, case.gates, case.index_cache, rows, 8, 256)
+    want, out = torch.full((2, len(case), 512), UNTOUCHED, dtype=torch.int32)
+    emulated_cuda.select_tokens(case.q, case.gates, heads, case.index_cache, rows, 512, want, visible_from=513)
+    pages = [rows.block_table[r, : -(-n // PAGE_TOKENS)] for r, n in zip(rows.request, rows.visible)]
+    slots = torch.cat([p.long() * PAGE_TOKENS + PAGE_TOKENS - 1 for p in pages if len(p)]).unique()
+    slots = slots[~torch.isin(slots // PAGE_TOKENS, torch.stack([p[-1] for p in pages if len(p)]))]  # full pages
+    cache = case.index_cache.clone()
+    case.index_cache.view(torch.uint8)[slots // PAGE_TOKENS, MEAN_OFFSET:] = 0xFF
+    operators.decode_variant(variant)
+    operators.configure(multiprocessors, seed=multiprocessors)
+    try:
+        with operators.stream():
+            emulated_cuda.update_page_means(case.index_cache, slots)
+            emulated_cuda.route_and_select(
+                case.q, case.gates, case.index_cache, rows, 8, 256, 512, out, visible_from=513
+            )
+    finally:
+        operators.decode_variant(DEFAULT_VARIANT)
+    assert torch.equal(case.index_cache, cache)
+    assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("off", [EXCHANGES_KEYS, MORE_STAGES, EXCHANGES_KEYS | MORE_STAGES])
+def test_without_what_is_new(operators, emulated_cuda, off):
+    operators.decode_variant(DEFAULT_VARIANT & ~off)
+    operators.configure(12, seed=off)
+    try:
+        case = in_order(make_case([[9000], [4096], [2000, 2001]], 16, seed=off, exact=True))
+        assert_routes_and_selects(emulated_cuda, case, 600, 1024)
+    finally:
+        operators.decode_variant(DEFAULT_VARIANT)
+
+
+@pytest.mark.parametrize("length, multiprocessors", [(4096, 9), (8192, 33), (8193, 33), (8000, 3)])
+@pytest.mark.parametrize("rows_each", [1, 4])
+def test_short_rows_exchange_their_keys(operators, length, multiprocessors, rows_each):
+    operators.configure(multiprocessors, seed=length)
+    case = in_order(make_case([[length - i for i in range(rows_each)], [2000]], 8, seed=length, exact=True))
+    heads = random_heads(case, 8)
+    assert_equals_reference(operators, case, heads, 700)
+    gates = torch.where(case.gates > 0.25, torch.inf, case.gates)
+    gates[0] = torch.nan
+    assert_equals_reference(operators, case.with_gates(gates), heads, 700)
 
 
 @pytest.mark.parametrize("visible_from, visible_to", [(0, 2049), (65, 66), (2050, NO_BOUND)])

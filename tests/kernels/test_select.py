@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from misa_vllm import reference
+from misa_vllm.policies import IndexerStep
 
 from .cases import DOT_ERROR, NEAR_PAGES, assert_best, make_case, random_heads, stock_pages, tokens_of
 
@@ -138,6 +139,32 @@ def test_no_rows(subject):
     case = make_case([[65], [1]], device=subject.device)
     case.q, case.gates, case.rows = case.q[:0], case.gates[:0], case.rows[:0]
     assert select(subject, case, None).shape == (0, K)
+
+
+@pytest.mark.parametrize("lengths", [[[17_000, 16_999], [4096], [300, 65, 0]], [[6000]], [[300], [1100, 1101], [2048]]])
+@pytest.mark.parametrize("pool_block", [64, 1024])
+def test_routing_and_selecting_at_once(subject, lengths, pool_block):
+    """The same tokens as in two calls, every time, also from a captured graph."""
+    case = make_case(lengths, device=subject.device)
+    step = IndexerStep(case.q, case.gates, case.index_cache, case.rows, subject.kernels)
+    first = max(K + 1, pool_block)
+    want = select(subject, case, step.route(8, pool_block), visible_from=first)
+    out = torch.empty(len(case), K, dtype=torch.int32, device=subject.device)
+
+    def run():
+        step.route_and_select(8, pool_block, K, out, visible_from=first)
+
+    runs = [run]
+    if subject.device == "cuda":
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        runs += [run, graph.replay] * 50
+    for again in runs:
+        out.fill_(UNTOUCHED)
+        again()
+        assert torch.equal(out.cpu(), want)
 
 
 # ---------------------------------------------------------------- re-ranking

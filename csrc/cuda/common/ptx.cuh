@@ -112,23 +112,36 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 
-// Copies kBytes, 4 or 16, or fills them with zeros.
+// Copies kBytes, 4 or 16, to an address in shared memory if `copies`, without a branch.
 template <int kBytes>
-__device__ __forceinline__ void cp_async_or_zero(void* destination, const void* source, bool copies) {
+__device__ __forceinline__ void cp_async_if(bool copies, uint32_t destination, const void* source) {
   static_assert(kBytes == 4 || kBytes == 16);
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(destination)), "l"(source),
-                 "r"(copies ? 16 : 0)
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16;\n}\n" ::"r"(
+                     destination),
+                 "l"(source), "r"(static_cast<uint32_t>(copies))
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address(destination)), "l"(source),
-                 "r"(copies ? 4 : 0)
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p cp.async.ca.shared.global [%0], [%1], 4;\n}\n" ::"r"(
+                     destination),
+                 "l"(source), "r"(static_cast<uint32_t>(copies))
                  : "memory");
   }
 }
 
 // Orders this thread's ordinary shared-memory stores before later reads by tensor cores or the copy engine.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---------------------------------------------------------------- predicated stores
+
+// Stores to global memory if `stores`, without a branch.
+__device__ __forceinline__ void store_if(bool stores, uint2* to, const uint2& value) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
+      "@p st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(static_cast<uint32_t>(stores)),
+      "l"(to), "r"(value.x), "r"(value.y)
+      : "memory");
+}
 
 // ---------------------------------------------------------------- barriers of a part of a block
 
@@ -158,7 +171,70 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* pointer) {
   return value;
 }
 
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* pointer) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+// Publishes what this thread wrote, or saw written before a barrier of the block.
+__device__ __forceinline__ void store_release(uint64_t* pointer, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* pointer) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
+}
+
+// Words that say themselves whether they have been written: they order nothing else.
+__device__ __forceinline__ uint4 load_relaxed(const uint4* pointer) {
+  uint4 value;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(pointer)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* pointer) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* pointer) {
+  uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_relaxed(uint4* pointer, uint4 value) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed(uint32_t* pointer, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed(uint64_t* pointer, uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
+}
+
 // ---------------------------------------------------------------- registers
+
+// The value, of which the compiler computes nothing ahead of this place.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+template <typename T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
 
 // Changes the register limit of each thread of the warpgroup; the limits of a block's warpgroups sum to what it
 // was launched with.

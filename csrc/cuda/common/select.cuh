@@ -140,6 +140,7 @@ __device__ __forceinline__ uint64_t rank_few(const Cut& cut, ForEach&& for_each,
   if (threadIdx.x < cut.inside) {
     const uint64_t own = few[threadIdx.x];
     uint32_t larger = 0;
+#pragma unroll 4
     for (uint32_t i = 0; i < cut.inside; ++i) larger += few[i] > own;
     if (larger == cut.need - 1) few[kFewValues] = own;
   }

@@ -23,8 +23,11 @@ void cp_async(void* destination, const void* source) {
   emulator::thread_copy({static_cast<char*>(destination), static_cast<const char*>(source), kBytes});
 }
 template <int kBytes>
-void cp_async_or_zero(void* destination, const void* source, bool copies) {
-  emulator::thread_copy({static_cast<char*>(destination), static_cast<const char*>(source), kBytes, !copies});
+void cp_async_if(bool copies, uint32_t destination, const void* source) {
+  if (copies) {
+    emulator::thread_copy(
+        {static_cast<char*>(emulator::shared_pointer(destination)), static_cast<const char*>(source), kBytes});
+  }
 }
 inline void cp_async_commit() { emulator::thread_copy_commit(); }
 template <int kPending>
@@ -33,7 +36,7 @@ void cp_async_wait() {
 }
 inline void cp_async_wait_all() { emulator::thread_copy_wait_all(); }
 inline void cp_async_mbarrier_arrive(uint64_t* barrier) { emulator::thread_copy_arrive(barrier); }
-inline void fence_proxy_async() { emulator::maybe_switch(); }
+inline void fence_proxy_async() { emulator::fence_proxy_async(); }
 
 template <typename T>
 T load_acquire(const T* pointer) {
@@ -41,6 +44,16 @@ T load_acquire(const T* pointer) {
   return *pointer;
 }
 inline void store_release(uint64_t* pointer, uint64_t value) {
+  emulator::maybe_switch();
+  *pointer = value;
+}
+inline void prefetch_l2(const void*) {}
+template <typename T>
+T load_relaxed(const T* pointer) {
+  return load_acquire(pointer);
+}
+template <typename T>
+void store_relaxed(T* pointer, std::common_type_t<T> value) {
   emulator::maybe_switch();
   *pointer = value;
 }
@@ -56,6 +69,10 @@ void named_barrier_arrive() {
 inline void cluster_arrive() { emulator::cluster_arrive(); }
 inline void cluster_wait() { emulator::cluster_wait(); }
 
+template <typename T>
+T opaque(T value) {
+  return value;
+}
 template <int kRegisters>
 void set_more_registers() {}
 template <int kRegisters>
@@ -86,6 +103,9 @@ inline void wgmma_m64n256k32(float (&d)[128], uint64_t a, uint64_t b, bool accum
 
 void mma_fp16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void load_matrix_x4(uint32_t (&registers)[4], const void* row);
+inline void store_if(bool stores, uint2* to, const uint2& value) {
+  if (stores) *to = value;
+}
 /// See the wrapper.
 inline uint32_t store_if_not_less(uint32_t address, float value, float threshold, uint32_t tag, uint32_t step) {
   if (value < threshold) return 0;

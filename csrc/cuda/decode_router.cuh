@@ -1,0 +1,281 @@
+// Routing inside the decode selection: the CTAs that share a row pool and score its segments, while their first pages
+// of keys arrive, and tell one another the segments' sums. Sums are those of pooled_scores.cuh, so that a token gets
+// the heads that the router kernels give it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/ptx.cuh"
+#include "paged_rows.cuh"
+#include "pooled_scores.cuh"
+#include "row_selection.cuh"
+
+namespace misa {
+
+__host__ __device__ constexpr int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
+
+struct RouteSettings {
+  int heads, active_heads, pool_block, segment_blocks;
+  int pages_per_block, head_groups;  // of 16
+  int segments_at_once;              // that a CTA pools before it scores them
+  int scales_offset, sums_offset;    // in the area, which begins with the ring and the tile
+  int32_t* routed;                   // [rows, active_heads], null: nobody asks for the heads
+};
+
+/// A CTA's part in what is scored together: adjacent rows of one request.
+struct RankOfRows {
+  int row, rows, request;
+  int rank, ranks;
+  int slot;  // of the first row in the exchange
+};
+
+/// A segment's sum as a word that is never 0.
+__device__ __forceinline__ uint32_t written_sum(float sum) { return sum != sum ? 0x803FFFFFu : ~__float_as_uint(sum); }
+__device__ __forceinline__ float read_sum(uint32_t word) { return __uint_as_float(~word); }
+
+/// `queries` have all heads. All threads of the CTA call each method together.
+template <int kThreads>
+class DecodeRouter {
+ public:
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kRingPages = 8 * kWarps;  // means in flight
+
+  /// Lays out the area that it takes in shared memory, while a row is routed and no longer; returns its bytes.
+  static int lay_out(RouteSettings& settings, int segments_at_once, int rows) {
+    const int tile_blocks = segments_at_once * settings.segment_blocks;
+    settings.segments_at_once = segments_at_once;
+    settings.scales_offset = kRingPages * kMeanBytes + tile_blocks * kMeanRowBytes;
+    settings.sums_offset = settings.scales_offset + tile_blocks * 4;
+    return settings.sums_offset + segments_at_once * rows * kMaxHeads * 4;
+  }
+  /// More pages than this are not worth reading in every CTA to spare the wait for the others.
+  static constexpr int kOwnPages = kSegmentTokens / kPageTokens;
+
+  /// Words of the exchange that a row needs: the sums of its segments, each of at least kSegmentTokens.
+  __host__ __device__ static int partial_words(int visible) {
+    return (visible + kSegmentTokens - 1) / kSegmentTokens * kMaxHeads;
+  }
+
+  __device__ DecodeRouter(
+      const RouteSettings& settings, const IndexCache& cache, const Rows& rows, const QueryHeads& queries,
+      const Exchange& exchange, char* area)
+      : settings_(settings), cache_(cache), rows_(rows), queries_(queries), exchange_(exchange), ring_(area) {
+    tile_ = ring_ + kRingPages * kMeanBytes;
+    scales_ = reinterpret_cast<float*>(ring_ + settings.scales_offset);
+    sums_ = reinterpret_cast<float*>(ring_ + settings.sums_offset);
+  }
+
+  /// Writes the routed heads of row r, ascending, to heads[r * heads_stride]. Block barriers must precede and follow.
+  /// All threads call await() once, when the first means are under way and before the part's slots in the exchange are
+  /// touched.
+  template <typename Await>
+  __device__ void route(const RankOfRows& part, int32_t* heads, int heads_stride, Await await) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int segment_blocks = settings_.segment_blocks, pages_per_block = settings_.pages_per_block;
+    int most_blocks = 0;
+#pragma unroll 1
+    for (int row = 0; row < part.rows; ++row) {
+      most_blocks = max(most_blocks, rows_.visible[part.row + row] / ptx::opaque(settings_.pool_block));
+      if (threadIdx.x < settings_.heads) {  // needed in a while
+        ptx::prefetch_l2(query_of(part, row) + threadIdx.x * queries_.head_stride);
+        ptx::prefetch_l2(gates_of(part, row) + threadIdx.x);
+      }
+    }
+    const int segments = ceil_div(most_blocks, segment_blocks);
+    const bool shares = part.ranks > 1 && most_blocks * pages_per_block > kOwnPages;
+    const int first_segment = shares ? part.rank * segments / part.ranks : 0;
+    const int last_segment = shares ? (part.rank + 1) * segments / part.ranks : segments;
+
+    float total = 0.0f;  // of row threadIdx.x / kMaxHeads and head threadIdx.x % kMaxHeads
+    const int at_once = max(1, min(settings_.segments_at_once, last_segment - first_segment));
+    MeanStream means(
+        *this, rows_.block_table + part.request * rows_.table_stride, first_segment * segment_blocks,
+        at_once * segment_blocks, min(last_segment * segment_blocks, most_blocks), pages_per_block);
+    await();
+    if (shares && first_segment == last_segment) __syncthreads();
+#pragma unroll 1
+    for (int segment = first_segment; segment < last_segment; segment += at_once) {
+      means.pool_batch();
+      __syncthreads();
+      const int count = min(at_once, last_segment - segment);
+      score_segments(part, segment, count, shares);
+      __syncthreads();
+      if (!shares && threadIdx.x < part.rows * kMaxHeads) {
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) total += sums_[i * part.rows * kMaxHeads + threadIdx.x];
+      }
+    }
+    if (shares) {
+      auto* gathered = reinterpret_cast<uint32_t*>(ring_);
+      const int summed_heads = 16 * settings_.head_groups;
+      const int gathered_at_once = kRingPages * kMeanBytes / 4 / (part.rows * kMaxHeads);
+      for (int segment = 0; segment < segments; segment += gathered_at_once) {
+        const int count = min(gathered_at_once, segments - segment);
+        for (int i = 4 * threadIdx.x; i < count * part.rows * kMaxHeads; i += 4 * kThreads) {
+          const int head = i % kMaxHeads, row = i / kMaxHeads % part.rows, number = i / kMaxHeads / part.rows;
+          if (head >= summed_heads) continue;
+          *reinterpret_cast<uint4*>(gathered + i) =
+              wait_for_words(partials_of(part, row) + (segment + number) * kMaxHeads + head);
+        }
+        __syncthreads();
+        if (threadIdx.x < part.rows * kMaxHeads && threadIdx.x % kMaxHeads < summed_heads) {
+#pragma unroll 4
+          for (int i = 0; i < count; ++i) total += read_sum(gathered[i * part.rows * kMaxHeads + threadIdx.x]);
+        }
+        __syncthreads();
+      }
+    }
+
+    const int head = threadIdx.x % kMaxHeads, row = threadIdx.x / kMaxHeads;
+    if (row < part.rows && head < settings_.heads) {
+      sums_[threadIdx.x] = fabsf(gates_of(part, row)[head]) * total;
+    }
+    __syncthreads();
+    if (warp < part.rows) {
+      int32_t* out = heads + warp * heads_stride;
+      if (rows_.visible[part.row + warp] >= settings_.pool_block) {
+        write_top_heads(sums_ + warp * kMaxHeads, settings_.heads, settings_.active_heads, out);
+      } else {  // no score was summed
+        for (int i = lane; i < settings_.active_heads; i += 32) out[i] = i;
+      }
+      __syncwarp();
+      if (settings_.routed != nullptr && part.rank == 0) {
+        int32_t* routed = settings_.routed + static_cast<int64_t>(part.row + warp) * settings_.active_heads;
+        for (int i = lane; i < settings_.active_heads; i += 32) routed[i] = out[i];
+      }
+    }
+  }
+
+ private:
+  const RouteSettings& settings_;
+  const IndexCache& cache_;
+  const Rows& rows_;
+  const QueryHeads& queries_;
+  const Exchange& exchange_;
+  char *ring_, *tile_;
+  float *scales_, *sums_;
+
+  __device__ const uint8_t* query_of(const RankOfRows& part, int row) const {
+    return queries_.query + (part.row + row) * queries_.row_stride;
+  }
+  __device__ const float* gates_of(const RankOfRows& part, int row) const {
+    return queries_.gates + (part.row + row) * queries_.gates_stride;
+  }
+  __device__ uint32_t* partials_of(const RankOfRows& part, int row) const {
+    return exchange_.partials + static_cast<int64_t>(part.slot + row) * exchange_.partial_words;
+  }
+
+  /// Sums `count` segments from `first` on, whose means are in the tile, for all heads of all rows.
+  __device__ void score_segments(const RankOfRows& part, int first, int count, bool shares) {
+    // a warp takes a group of 16 heads of one row, and of the segments every step-th
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, segment_blocks = settings_.segment_blocks;
+    const int groups = ptx::opaque(settings_.head_groups), tasks = groups * part.rows, step = kWarps / tasks;
+    const int row = warp % tasks / groups, first_head = warp % groups * 16;
+    if (warp / tasks >= step) return;
+    const int row_blocks = rows_.visible[part.row + row] / ptx::opaque(settings_.pool_block);
+#pragma unroll 1
+    for (int i = warp / tasks; i < count; i += step) {
+      QueryFragment query[1];
+      convert_query(query[0], load_query(query_of(part, row), queries_.head_stride, first_head, settings_.heads));
+      float sum[1][2] = {}, result[1][2];
+      const int blocks = min(segment_blocks, row_blocks - (first + i) * segment_blocks);
+#pragma unroll 1
+      for (int column = 0; column < blocks; column += kColumns) {
+        score_columns(
+            sum, query, tile_ + i * segment_blocks * kMeanRowBytes, scales_ + i * segment_blocks, column,
+            blocks - column);
+      }
+      take_segment(result, sum);
+      if (lane % 4 != 0) continue;
+      const int head = first_head + lane / 4;
+      if (shares) {
+        uint32_t* words = partials_of(part, row) + (first + i) * kMaxHeads + head;
+        ptx::store_relaxed(words, written_sum(result[0][0]));
+        ptx::store_relaxed(words + 8, written_sum(result[0][1]));
+      } else {
+        float* sums = sums_ + (i * part.rows + row) * kMaxHeads + head;
+        sums[0] = result[0][0];
+        sums[8] = result[0][1];
+      }
+    }
+  }
+
+  /// A warp's pool blocks of one batch after the other: each lane fetches and reads its own 16 bytes of the pages'
+  /// means, through a ring that needs no barrier and runs on over the ends of batches.
+  class MeanStream {
+   public:
+    /// Blocks [first, end) of a request whose pages are given, `batch` at a time.
+    __device__ MeanStream(
+        const DecodeRouter& router, const int32_t* pages, int first, int batch, int end, int pages_per_block)
+        : router_(router), pages_(pages), batch_pages_(batch * pages_per_block), pages_per_block_(pages_per_block) {
+      const int warp = threadIdx.x / 32, warp_blocks = ceil_div(batch, kWarps);
+      first_block_ = warp * warp_blocks;
+      const int blocks = min(warp_blocks, max(batch - first_block_, 0));
+      my_pages_ = blocks * pages_per_block;
+      first_page_ = (first + first_block_) * pages_per_block;
+      const int before_last = (end - first - 1) / batch;  // batches
+      const int in_last = (end - first - before_last * batch - first_block_) * pages_per_block;
+      page_count_ = before_last * my_pages_ + min(max(in_last, 0), my_pages_);
+      is_deep_ = ceil_div(batch, warp_blocks) <= kWarps / 2;  // half of the warps have it all
+      ids_ = load_ids(0);
+      later_ids_ = load_ids(32);
+      for (int i = 0; i < depth(); ++i) fetch();
+    }
+
+    /// The next batch's means go to the tile.
+    __device__ void pool_batch() {
+      const int lane = threadIdx.x % 32;
+      const float divisor = static_cast<float>(pages_per_block_);
+      float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+      int in_block = 0, index = first_block_;
+      const int end = min(consumed_ + my_pages_, page_count_);
+      for (; consumed_ < end; ++consumed_) {
+        is_deep_ ? ptx::cp_async_wait<15>() : ptx::cp_async_wait<7>();
+        const float4 mean = *reinterpret_cast<const float4*>(slot(consumed_));
+        sum = {sum.x + mean.x, sum.y + mean.y, sum.z + mean.z, sum.w + mean.w};
+        fetch();
+        if (++in_block < pages_per_block_) continue;
+        const float scale = store_mean(
+            router_.tile_ + index * kMeanRowBytes, index,
+            float4{sum.x / divisor, sum.y / divisor, sum.z / divisor, sum.w / divisor}, lane);
+        if (lane == 0) router_.scales_[index] = scale;
+        sum = {0.0f, 0.0f, 0.0f, 0.0f};
+        in_block = 0;
+        ++index;
+      }
+    }
+
+   private:
+    const DecodeRouter& router_;
+    const int32_t* pages_;
+    int batch_pages_, pages_per_block_, first_block_, first_page_, my_pages_, page_count_;
+    int fetched_ = 0, consumed_ = 0;  // of the warp's pages
+    int ids_, later_ids_;             // of pages 32 n + lane, from the last fetched on
+    bool is_deep_;
+
+    __device__ int depth() const { return is_deep_ ? 16 : 8; }
+    __device__ char* slot(int number) const {
+      const int slot_of_ring = threadIdx.x / 32 * depth() + (number & (depth() - 1));
+      return router_.ring_ + slot_of_ring * kMeanBytes + threadIdx.x % 32 * 16;
+    }
+    __device__ int load_ids(int from) const {
+      const int number = from + static_cast<int>(threadIdx.x % 32);
+      if (number >= page_count_) return -1;
+      return pages_[first_page_ + number / my_pages_ * batch_pages_ + number % my_pages_];
+    }
+    __device__ void fetch() {
+      if (fetched_ > 0 && fetched_ % 32 == 0) {
+        ids_ = later_ids_;
+        later_ids_ = load_ids(fetched_ + 32);
+      }
+      const int id = __shfl_sync(~0u, ids_, fetched_ % 32);
+      if (id >= 0) ptx::cp_async<16>(slot(fetched_), router_.cache_.mean(id) + 4 * (threadIdx.x % 32));
+      ptx::cp_async_commit();
+      ++fetched_;
+    }
+  };
+};
+
+}  // namespace misa
