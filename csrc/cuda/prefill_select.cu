@@ -273,7 +273,7 @@ __global__ __launch_bounds__(kFinalThreads) void undecided_kernel(const __grid_c
 
 // Bytes of lists, samples or dense scores; a single row's dense scores may need more. 2048 rows have room for the lists
 // of k = 2048, whatever they see
-constexpr int64_t kRegionBytes = 84ll << 20;
+constexpr int64_t kRegionBytes = 60ll << 20;
 constexpr int kMinSamples = 1024;
 constexpr int kMaxSamples = 12288;
 // Samples aimed at among the k best: 64 make lists of 1.6 k entries; k / 32 cost 1 / 32 of the scoring

@@ -4,8 +4,8 @@
 // wgmma and (query, head) pairs its columns, permuted so that all heads of a query lie in columns of one thread: the
 // sum over heads is private to a thread, and its order (ascending head) never depends on the tile.
 //
-//   warps 0..3, 4..7   two consumer warpgroups, 256 columns each, which take turns: the tensor cores work for one
-//                      while the other sums on the CUDA cores
+//   warps 0..3, 4..7   two consumer warpgroups, 256 columns each, in two halves with accumulators of their own: while
+//                      one half is summed on the CUDA cores, the tensor cores work on the other
 //   warp 8             producer: pages by the copy engine through a ring of mbarriers
 //                      (of samples: warps 8..11, key by key)
 //   warps 9..11        move scores that passed their row's threshold from queues in shared memory to the rows' lists,
@@ -33,11 +33,12 @@ constexpr int kWorkingThreads = kConsumerThreads + 32;  // consumers and the pro
 constexpr int kThreads = kConsumerThreads + kGroupThreads;
 constexpr int kCollectorWarps = (kThreads - kWorkingThreads) / 32;
 // Of 168 for each thread: the queues' movers need theirs, without them the consumers can have more
-constexpr int kConsumerRegisters = 224;
-constexpr int kProducerRegisters = 56;
-constexpr int kDenseConsumerRegisters = 232;
-constexpr int kDenseProducerRegisters = 40;
+constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 40;
+constexpr int kSampleConsumerRegisters = 224;
+constexpr int kSampleProducerRegisters = 56;
 constexpr int kColumns = 256;  // of a group
+constexpr int kHalfColumns = kColumns / 2;
 // A row that takes no part appends from here, past the end of any list.
 constexpr uint32_t kClosedList = 0x80000000u;
 // Of a queued entry's tag; the bits above it hold which of its thread's queries the score is of.
@@ -45,7 +46,7 @@ constexpr int kPositionBits = 28;
 constexpr int kMostKeys = 1 << kPositionBits;
 constexpr uint32_t kInvalidSample = 0xFFFFFFFFu;
 constexpr uint32_t kNoMoreQueues = 0xFFFFFFFFu;
-constexpr int kMovedTogether = 8;  // entries of a queue
+constexpr int kMovedTogether = 4;  // entries of a queue
 constexpr int kMaxLaunchRows = 4096;
 
 enum class Mode {
@@ -102,7 +103,7 @@ struct Tile {
   static_assert(kHeads == 4 || kHeads == 8 || kHeads == 16 || kHeads == 32 || kHeads == 64);
   static constexpr int kGroupQueries = kColumns / kHeads;
   static constexpr int kQueries = kGroups * kGroupQueries;
-  // A thread's columns are 64 of a group's 256
+  // A thread's columns are 64 of a group's 256, 32 of each half's 128
   static constexpr int kThreadQueries = 64 / kHeads;
   // Scores above the threshold wait in a queue of the thread's own. A warp hands its queues over once one of them
   // holds kFullQueue, which is looked at after every kCheckedQueries queries: those add at most 2 each.
@@ -128,15 +129,15 @@ struct Shared {
   int32_t leader_visible[T::kQueries];
   uint32_t leaders[(T::kQueries + 31) / 32];
   // Of each row, ordered so that the rows of one thread are neighbours
-  // The threshold of even and odd pages; from tie_limit on, keys have to pass the next larger number.
-  alignas(16) float threshold[2][T::kQueries];
+  // Each warp's own thresholds of its group's rows; from tie_limit on, keys have to pass the next larger number.
+  alignas(16) float threshold[kConsumerWarps][T::kGroupQueries];
   float next_threshold[T::kQueries];
   int32_t tie_limit[T::kQueries];
   // Places count through all lists
   uint32_t next_place[T::kQueries];
   uint32_t list_end[T::kQueries];
   int32_t limit[T::kQueries];
-  alignas(16) float gates[kGroups][4][64];
+  alignas(16) float gates[kGroups][4][64];  // halved
   // Two queues of each thread, filled in turn, of (score bits, query << kPositionBits | position). Those of a warp
   // change hands together. Selections use the place when nothing is collected.
   union {
@@ -228,8 +229,7 @@ __device__ __forceinline__ int next_leader(const Shared<kHeads>& sh, int from) {
 // Appends (score, tag) to the thread's queue unless the score is below the threshold; a NaN is not below anything.
 // Predicated, for in about half of all warps some lane appends; the queue's end is a chain of single additions.
 __device__ __forceinline__ void append(uint32_t& queue_end, float score, float threshold, uint32_t tag) {
-  queue_end += ptx::store_if_not_less(
-      queue_end, score, threshold, tag, kConsumerThreads * static_cast<uint32_t>(sizeof(uint2)));
+  ptx::append_if_not_less<kConsumerThreads * static_cast<uint32_t>(sizeof(uint2))>(queue_end, score, threshold, tag);
 }
 
 // The queue that a thread fills, one of its two; `handed` counts those that its warp has handed over.
@@ -340,9 +340,9 @@ __device__ __forceinline__ void empty_all_queues(const Params& p, Shared<kHeads>
   } while (working > 0);
 }
 
-// One kGroupBarrier + g and one kTurnBarrier + g per group
-enum Barrier { kItemBarrier = 1, kConsumerBarrier, kGroupBarrier, kTurnBarrier = kGroupBarrier + kGroups };
-static_assert(kTurnBarrier + kGroups <= 7, "7 is the barrier of selections");
+// One kGroupBarrier + g per group
+enum Barrier { kItemBarrier = 1, kConsumerBarrier, kGroupBarrier };
+static_assert(kGroupBarrier + kGroups <= 7, "7 is the barrier of selections");
 
 template <Mode kMode>
 __device__ __forceinline__ void sync_item() {
@@ -357,24 +357,6 @@ __device__ __forceinline__ void sync_group(int group) {
     ptx::named_barrier_sync<kGroupBarrier, kGroupThreads>();
   } else {
     ptx::named_barrier_sync<kGroupBarrier + 1, kGroupThreads>();
-  }
-}
-
-// The groups take turns at the tensor cores: group 1 lets group 0 begin, and each lets the other follow once it has
-// issued a page's products.
-__device__ __forceinline__ void wait_for_turn(int group) {
-  if (group == 0) {
-    ptx::named_barrier_sync<kTurnBarrier, kConsumerThreads>();
-  } else {
-    ptx::named_barrier_sync<kTurnBarrier + 1, kConsumerThreads>();
-  }
-}
-
-__device__ __forceinline__ void end_turn(int group) {
-  if (group == 0) {
-    ptx::named_barrier_arrive<kTurnBarrier + 1, kConsumerThreads>();
-  } else {
-    ptx::named_barrier_arrive<kTurnBarrier, kConsumerThreads>();
   }
 }
 
@@ -442,7 +424,7 @@ __device__ __forceinline__ void load_queries(const Params& p, int group, int thr
   for (int i = 0; i < 2; ++i) {
     int gate_row;
     const int head = source_of(thread + i * kGroupThreads, gate_row);
-    gate[i] = head < 0 ? 0.0f : p.gates[gate_row * p.gates_row_stride + head];
+    gate[i] = head < 0 ? 0.0f : 0.5f * p.gates[gate_row * p.gates_row_stride + head];
   }
 #pragma unroll
   for (int i = 0; i < kOwnColumns; ++i) {
@@ -544,32 +526,125 @@ __device__ __forceinline__ void produce_samples(const Params& p, int split, Ring
   }
 }
 
+// What a thread of a consumer group adds up: its keys are key_row and key_row + 8 of a page, its queries those of the
+// lanes with its lane % 4.
+template <int kHeads, Mode kMode>
+struct Summation {
+  using T = Tile<kHeads>;
+  // A half holds whole queries, or half the heads of one
+  static constexpr int kHalfQueries = T::kThreadQueries > 1 ? T::kThreadQueries / 2 : 1;
+  static constexpr int kHalfHeads = T::kThreadQueries > 1 ? kHeads : kHeads / 2;
+
+  const Params& p;
+  Shared<kHeads>& sh;
+  int first;       // of the thread's queries in the arrays of `sh`
+  int first_slot;  // its queries are 4 slots apart
+  uint32_t row_stride;
+  const float (&gates)[64];
+  float carried[2];  // of a query whose other heads are in the next half
+
+  // Adds up one half of the columns for the keys at `position` and `position` + 8, and hands on the finished scores.
+  // `threshold`: the warp's, of the thread's first query.
+  template <int kHalf>
+  __device__ __forceinline__ void add(const float (&dots)[64], const float (&scale)[2], uint32_t position,
+                                      const float* threshold, Queue<kHeads>& queue) {
+    constexpr bool kFinishes = kHalfHeads == kHeads || kHalf == 1;
+    constexpr int kChecked = T::kCheckedQueries < kHalfQueries ? T::kCheckedQueries : kHalfQueries;
+#pragma unroll
+    for (int checked = 0; checked < kHalfQueries; checked += kChecked) {
+      const int first_query = kHalf * T::kThreadQueries / 2 + checked;
+      float limits[kChecked];
+      if constexpr (kMode == Mode::kCollect && kFinishes) load_floats(limits, threshold + first_query);
+#pragma unroll
+      for (int i = 0; i < kChecked; ++i) {
+        const int query = first_query + i;
+        float score[2];
+#pragma unroll
+        for (int head = 0; head < kHalfHeads; ++head) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int own = (checked + i) * kHalfHeads + head;
+            const float gate = gates[kHalf * 32 + own];
+            // max(dot, 0) twice over, exactly: additions run at twice the rate of max, and gates are halved
+            const float dot = dots[own / 2 * 4 + 2 * r + own % 2];
+            const float positive = dot + fabsf(dot);
+            if (head == 0) {
+              score[r] = kHalfHeads != kHeads && kHalf == 1 ? fmaf(gate, positive, carried[r]) : gate * positive;
+            } else {
+              score[r] = fmaf(gate, positive, score[r]);
+            }
+          }
+        }
+        if constexpr (!kFinishes) {
+          carried[0] = score[0];
+          carried[1] = score[1];
+        } else if constexpr (kMode == Mode::kCollect) {
+          // Keys that the row does not see may pass as well: whoever empties the queue drops them
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            append(queue.end, score[r] * scale[r], limits[i],
+                   (static_cast<uint32_t>(query) << kPositionBits) + position + 8 * r);
+          }
+        } else {
+          const int limit = sh.limit[first + query];
+          float* const to = kMode == Mode::kSample ? p.samples : p.dense;
+          const uint32_t at = (first_slot + query * 4) * row_stride + position;
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const bool seen = static_cast<int>(position) + 8 * r < limit;
+            if constexpr (kMode == Mode::kSample) {
+              if (limit >= 0) to[at + 8 * r] = seen ? score[r] * scale[r] : __uint_as_float(kInvalidSample);
+            } else {
+              if (seen) to[at + 8 * r] = score[r] * scale[r];
+            }
+          }
+        }
+      }
+      if constexpr (kMode == Mode::kCollect) {
+        if (kHalf == 1 || (checked + kChecked) % T::kCheckedQueries == 0) queue.hand_over_if_full(sh);
+      }
+    }
+  }
+};
+
+// Starts the products of a page with one half of the group's columns.
+__device__ __forceinline__ void start_products(float (&dots)[64], uint64_t keys, uint64_t queries) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kHeadDim / 32; ++k) {
+    ptx::wgmma_m64k32<kHalfColumns>(dots, ptx::advance_descriptor(keys, k * 32), ptx::advance_descriptor(queries, k * 32),
+                                    k != 0);
+  }
+  ptx::wgmma_commit();
+}
+
 template <int kHeads, Mode kMode>
 __device__ __forceinline__ void consume(const Params& p, int tile, int split, RingCursor& ring, uint32_t& handed,
                                         Shared<kHeads>& sh) {
   using T = Tile<kHeads>;
-  const int group = threadIdx.x / kGroupThreads;
+  // of a lane for all, so that descriptors are computed in uniform registers
+  const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / kGroupThreads, 0);
   const int thread = threadIdx.x % kGroupThreads;
+  const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
   const int c = lane % 4;
   const int key_row = thread / 32 * 16 + lane / 4;  // and key_row + 8
-  const int first = group * T::kGroupQueries + c * T::kThreadQueries;
-  const int first_slot = tile * T::kQueries + group * T::kGroupQueries + c;  // the thread's queries are 4 slots apart
 
   float gates[64];
   load_floats(gates, sh.gates[group][c]);
+  Summation<kHeads, kMode> sum{
+      p, sh, group * T::kGroupQueries + c * T::kThreadQueries, tile * T::kQueries + group * T::kGroupQueries + c,
+      kMode == Mode::kSample ? static_cast<uint32_t>(p.num_samples) : p.dense_stride, gates, {}};
+  const float* const threshold = sh.threshold[warp] + c * T::kThreadQueries;
 
-  const uint32_t row_stride = kMode == Mode::kSample ? p.num_samples : p.dense_stride;
-
-  const uint64_t q_descriptor = ptx::swizzled_descriptor(sh.q[group]);
-  const uint64_t key_descriptor = ptx::swizzled_descriptor(sh.keys);
   for (int leader = next_leader(sh, 0); leader < T::kQueries; leader = next_leader(sh, leader + 1)) {
     const int pages = pages_of<kMode>(p, sh.leader_visible[leader]);
     const uint64_t step = kMode == Mode::kSample ? sample_step(sh.leader_visible[leader], p.num_samples) : 0;
 
     if (thread < T::kGroupQueries) {
       const int from = group * T::kGroupQueries + thread;
-      const int to = group * T::kGroupQueries + thread % 4 * T::kThreadQueries + thread / 4;
+      const int own = thread % 4 * T::kThreadQueries + thread / 4;
+      const int to = group * T::kGroupQueries + own;
       const bool member = sh.leader[from] == leader;
       if constexpr (kMode == Mode::kSample) {
         sh.limit[to] = member ? samples_below(sh.visible[from], step, p.num_samples) : -1;
@@ -581,11 +656,10 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
         const int tie = member ? p.last_tie[slot] : INT32_MAX;
         sh.tie_limit[to] =
             tie == INT32_MAX ? tie : sample_position(tie, sample_step(sh.leader_visible[leader], p.num_samples)) + 1;
-        const float threshold = member ? p.threshold[slot] : INFINITY;
-        const float next = next_larger(threshold);
-        sh.threshold[0][to] = split * kPageTokens < sh.tie_limit[to] ? threshold : next;
-        sh.threshold[1][to] = threshold;
-        sh.next_threshold[to] = next;
+        const float found = member ? p.threshold[slot] : INFINITY;
+        sh.next_threshold[to] = next_larger(found);
+#pragma unroll
+        for (int i = 0; i < kGroupThreads / 32; ++i) sh.threshold[group * (kGroupThreads / 32) + i][own] = found;
         const uint32_t list = static_cast<uint32_t>(slot * p.splits + split) * p.list_capacity;
         sh.next_place[to] = member ? list : kClosedList;
         sh.list_end[to] = list + p.list_capacity;
@@ -594,81 +668,44 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
     sync_group(group);
 
     Queue<kHeads> queue(sh, handed);
+    if (split < pages) {
+      float first_half[64] = {}, second_half[64] = {};  // ptxas keeps room for values it thinks may be read
+      int page = split;
 #pragma unroll 1
-    for (int page = split, odd = 0; page < pages; page += p.splits, odd ^= 1) {
-      float dots[128] = {};  // ptxas keeps room for values it thinks may be read
-      ptx::mbarrier_wait(&sh.full[ring.stage], ring.phase);
-      wait_for_turn(group);
-      ptx::wgmma_fence();
+      do {
+        ptx::mbarrier_wait(&sh.full[ring.stage], ring.phase);
+        // made anew for each page, as registers are scarce
+        const uint64_t queries = ptx::swizzled_descriptor(sh.q[ptx::opaque(group)]);
+        const uint64_t keys = ptx::swizzled_descriptor(sh.keys[ring.stage]);
+        start_products(first_half, keys, queries);
+        start_products(second_half, keys, ptx::advance_descriptor(queries, kHalfColumns * kHeadDim));
+        if constexpr (kMode == Mode::kCollect) {
+          __syncwarp();  // the last page's thresholds have been read
 #pragma unroll
-      for (int k = 0; k < kHeadDim / 32; ++k) {
-        ptx::wgmma_m64n256k32(dots, key_descriptor + ring.stage * (kKeyBytes >> 4) + k * 2, q_descriptor + k * 2,
-                              k != 0);
-        ptx::wgmma_commit();
-      }
-      if constexpr (kMode == Mode::kCollect) {
-        // No one reads the next page's thresholds yet: all of the group are past the last page
-        const int own = group * T::kGroupQueries + thread;
-        if (thread < T::kGroupQueries && (page + p.splits) * kPageTokens >= sh.tie_limit[own]) {
-          sh.threshold[odd ^ 1][own] = sh.next_threshold[own];
+          for (int i = lane; i < T::kGroupQueries; i += 32) {
+            const int own = group * T::kGroupQueries + i;
+            if (page * kPageTokens >= sh.tie_limit[own]) sh.threshold[warp][i] = sh.next_threshold[own];
+          }
+          __syncwarp();
         }
-      }
-      // Products of both groups would share the tensor cores, so that both came late and both summed together:
-      // the other group may issue its own once the last of this group's are being made
-      ptx::wgmma_wait<1>();
-      end_turn(group);
-      const float scale[2] = {sh.scales[ring.stage][key_row], sh.scales[ring.stage][key_row + 8]};
-      ptx::wgmma_wait<0>();
-      ptx::pin_registers(dots);
-      if (lane == 0) ptx::mbarrier_arrive(&sh.empty[ring.stage]);
-      ring.advance();
-      const uint32_t position = page * kPageTokens + key_row;
+        const float scale[2] = {sh.scales[ring.stage][key_row], sh.scales[ring.stage][key_row + 8]};
+        const uint32_t position = page * kPageTokens + key_row;
+        ptx::wgmma_wait<1>();
+        ptx::pin_registers(first_half);
+        sum.template add<0>(first_half, scale, position, threshold, queue);
 
-#pragma unroll
-      for (int checked = 0; checked < T::kThreadQueries; checked += T::kCheckedQueries) {
-        float threshold[T::kCheckedQueries];
-        if constexpr (kMode == Mode::kCollect) load_floats(threshold, &sh.threshold[odd][first + checked]);
-#pragma unroll
-        for (int i = 0; i < T::kCheckedQueries; ++i) {
-          const int query = checked + i;
-          float score[2];
-#pragma unroll
-          for (int head = 0; head < kHeads; ++head) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              const int own = query * kHeads + head;
-              const float positive = fmaxf(dots[own / 2 * 4 + 2 * r + own % 2], 0.0f);
-              score[r] = head == 0 ? gates[own] * positive : fmaf(gates[own], positive, score[r]);
-            }
-          }
-          if constexpr (kMode == Mode::kCollect) {
-            // Keys that the row does not see may pass as well: whoever empties the queue drops them
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              append(queue.end, score[r] * scale[r], threshold[i],
-                     (static_cast<uint32_t>(query) << kPositionBits) + position + 8 * r);
-            }
-          } else {
-            const int limit = sh.limit[first + query];
-            float* const to = kMode == Mode::kSample ? p.samples : p.dense;
-            const uint32_t at = (first_slot + query * 4) * row_stride + position;
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              const bool seen = static_cast<int>(position) + 8 * r < limit;
-              if constexpr (kMode == Mode::kSample) {
-                if (limit >= 0) to[at + 8 * r] = seen ? score[r] * scale[r] : __uint_as_float(kInvalidSample);
-              } else {
-                if (seen) to[at + 8 * r] = score[r] * scale[r];
-              }
-            }
-          }
-        }
-        if constexpr (kMode == Mode::kCollect) queue.hand_over_if_full(sh);
-      }
+        // Behind the last page this starts products of any memory, which no one looks at: a branch around wgmma would
+        // make ptxas wait for it at once
+        uint64_t* const empty = &sh.empty[ring.stage];
+        ring.advance();
+        page += p.splits;
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(second_half);
+        if (lane == 0) ptx::mbarrier_arrive(empty);
+        sum.template add<1>(second_half, scale, position, threshold, queue);
+      } while (page < pages);
     }
-    if constexpr (kMode == Mode::kCollect) {
-      queue.hand_over_rest(sh);
-    }
+    if constexpr (kMode == Mode::kCollect) queue.hand_over_rest(sh);
 
     sync_group(group);
     if constexpr (kMode == Mode::kCollect) {
@@ -707,7 +744,6 @@ __device__ __forceinline__ void consume_items(const Params& p, const int32_t* ro
   const int tiles = (num_rows + Tile<kHeads>::kQueries - 1) / Tile<kHeads>::kQueries;
   uint32_t handed = 0;
   const int group = threadIdx.x / kGroupThreads;
-  if (group == 1) end_turn(group);
   for (int item = blockIdx.x; item < tiles * p.splits; item += gridDim.x) {
     sync_item<kMode>();
     load_rows<kHeads>(p, rows, num_rows, item / p.splits, sh);
@@ -718,7 +754,6 @@ __device__ __forceinline__ void consume_items(const Params& p, const int32_t* ro
     if constexpr (kMode == Mode::kCollect) ptx::wait_for_previous_kernel();
     consume<kHeads, kMode>(p, item / p.splits, item % p.splits, ring, handed, sh);
   }
-  if (group == 0) wait_for_turn(group);
   if constexpr (kMode == Mode::kCollect) {
     Queue<kHeads>(sh, handed).hand_over(sh, kNoMoreQueues);
   }
@@ -756,7 +791,7 @@ __global__ __launch_bounds__(kThreads, 1) void score_kernel(const __grid_constan
   if constexpr (kMode != Mode::kCollect) ptx::wait_for_previous_kernel();
   RingCursor ring;
   if (threadIdx.x >= kConsumerThreads) {
-    ptx::set_fewer_registers<kMode == Mode::kDense ? kDenseProducerRegisters : kProducerRegisters>();
+    ptx::set_fewer_registers<kMode == Mode::kSample ? kSampleProducerRegisters : kProducerRegisters>();
     if (threadIdx.x < kWorkingThreads || kMode == Mode::kSample) {
       produce_items<kHeads, kMode>(&map, p, p.num_rows, ring, sh);
     } else if constexpr (kMode == Mode::kCollect) {
@@ -764,7 +799,7 @@ __global__ __launch_bounds__(kThreads, 1) void score_kernel(const __grid_constan
     }
     ptx::let_next_kernel_start();
   } else {
-    ptx::set_more_registers<kMode == Mode::kDense ? kDenseConsumerRegisters : kConsumerRegisters>();
+    ptx::set_more_registers<kMode == Mode::kSample ? kSampleConsumerRegisters : kConsumerRegisters>();
     consume_items<kHeads, kMode>(p, nullptr, p.num_rows, ring, sh);
   }
 }
@@ -820,14 +855,14 @@ __global__ __launch_bounds__(kThreads, 1) void repair_kernel(const __grid_consta
   auto& sh = init_shared<kHeads, Mode::kDense>(raw, &map);
   RingCursor ring;
   if (threadIdx.x >= kConsumerThreads) {
-    ptx::set_fewer_registers<kDenseProducerRegisters>();
+    ptx::set_fewer_registers<kProducerRegisters>();
     if (threadIdx.x < kWorkingThreads) {
       for (int begin = 0; begin < num_rows(); begin += p.dense_rows) {
         produce_items<kHeads, Mode::kDense>(&map, p, min(p.dense_rows, num_rows() - begin), ring, sh);
       }
     }
   } else {
-    ptx::set_more_registers<kDenseConsumerRegisters>();
+    ptx::set_more_registers<kConsumerRegisters>();
     for (int begin = 0; begin < num_rows(); begin += p.dense_rows) {
       consume_items<kHeads, Mode::kDense>(p, p.undecided + begin, min(p.dense_rows, num_rows() - begin), ring, sh);
       sync_grid_consumers(p.arrived, begin / p.dense_rows * 2);

@@ -83,6 +83,7 @@ inline void let_next_kernel_start() { emulator::let_next_kernel_start(); }
 
 /// Here an address; 16 bytes are one, as in the hardware's descriptors.
 inline uint64_t swizzled_descriptor(const void* base) { return reinterpret_cast<uint64_t>(base) >> 4; }
+inline uint64_t advance_descriptor(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulator::wgmma_commit(); }
 template <int kPending>
@@ -97,9 +98,6 @@ void wgmma_m64k32(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumul
   emulator::wgmma(
       d, kColumns, reinterpret_cast<const char*>(a << 4), reinterpret_cast<const char*>(b << 4), accumulate);
 }
-inline void wgmma_m64n256k32(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
-  wgmma_m64k32<256>(d, a, b, accumulate);
-}
 
 void mma_fp16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void load_matrix_x4(uint32_t (&registers)[4], const void* row);
@@ -107,12 +105,13 @@ inline void store_if(bool stores, uint2* to, const uint2& value) {
   if (stores) *to = value;
 }
 /// See the wrapper.
-inline uint32_t store_if_not_less(uint32_t address, float value, float threshold, uint32_t tag, uint32_t step) {
-  if (value < threshold) return 0;
+template <uint32_t kStep>
+void append_if_not_less(uint32_t& address, float value, float threshold, uint32_t tag) {
+  if (value < threshold) return;
   auto* entry = static_cast<uint32_t*>(emulator::shared_pointer(address));
   entry[0] = __float_as_uint(value);
   entry[1] = tag;
-  return step;
+  address += kStep;
 }
 
 }  // namespace misa::ptx
