@@ -542,12 +542,31 @@ struct Summation {
   uint32_t row_stride;
   const float (&gates)[64];
   float carried[2];  // of a query whose other heads are in the next half
+  float scale[2];
+  uint32_t position;
+  int key_row;
+
+  __device__ __forceinline__ void take_page(int page, int stage) {
+    scale[0] = sh.scales[stage][key_row];
+    scale[1] = sh.scales[stage][key_row + 8];
+    position = page * kPageTokens + key_row;
+  }
+
+  // From `page` on, rows whose last tie lies before it take larger scores only.
+  __device__ __forceinline__ void raise_thresholds(int page, int group, int warp) {
+    __syncwarp();  // the last page's thresholds have been read
+#pragma unroll
+    for (int i = threadIdx.x % 32; i < T::kGroupQueries; i += 32) {
+      const int own = group * T::kGroupQueries + i;
+      if (page * kPageTokens >= sh.tie_limit[own]) sh.threshold[warp][i] = sh.next_threshold[own];
+    }
+    __syncwarp();
+  }
 
   // Adds up one half of the columns for the keys at `position` and `position` + 8, and hands on the finished scores.
   // `threshold`: the warp's, of the thread's first query.
   template <int kHalf>
-  __device__ __forceinline__ void add(const float (&dots)[64], const float (&scale)[2], uint32_t position,
-                                      const float* threshold, Queue<kHeads>& queue) {
+  __device__ __forceinline__ void add(const float (&dots)[64], const float* threshold, Queue<kHeads>& queue) {
     constexpr bool kFinishes = kHalfHeads == kHeads || kHalf == 1;
     constexpr int kChecked = T::kCheckedQueries < kHalfQueries ? T::kCheckedQueries : kHalfQueries;
 #pragma unroll
@@ -607,8 +626,12 @@ struct Summation {
   }
 };
 
-// Starts the products of a page with one half of the group's columns.
-__device__ __forceinline__ void start_products(float (&dots)[64], uint64_t keys, uint64_t queries) {
+// Starts the products of the page in a stage with one half of the group's columns. Descriptors are made anew each time,
+// as registers are scarce.
+template <int kHalf, int kHeads>
+__device__ __forceinline__ void start_half(float (&dots)[64], int group, int stage, const Shared<kHeads>& sh) {
+  const uint64_t keys = ptx::swizzled_descriptor(sh.keys[stage]);
+  const uint64_t queries = ptx::swizzled_descriptor(sh.q[ptx::opaque(group)] + kHalf * kHalfColumns * kHeadDim);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kHeadDim / 32; ++k) {
@@ -634,7 +657,7 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
   load_floats(gates, sh.gates[group][c]);
   Summation<kHeads, kMode> sum{
       p, sh, group * T::kGroupQueries + c * T::kThreadQueries, tile * T::kQueries + group * T::kGroupQueries + c,
-      kMode == Mode::kSample ? static_cast<uint32_t>(p.num_samples) : p.dense_stride, gates, {}};
+      kMode == Mode::kSample ? static_cast<uint32_t>(p.num_samples) : p.dense_stride, gates, {}, {}, 0, key_row};
   const float* const threshold = sh.threshold[warp] + c * T::kThreadQueries;
 
   for (int leader = next_leader(sh, 0); leader < T::kQueries; leader = next_leader(sh, leader + 1)) {
@@ -668,42 +691,46 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
     sync_group(group);
 
     Queue<kHeads> queue(sh, handed);
-    if (split < pages) {
-      float first_half[64] = {}, second_half[64] = {};  // ptxas keeps room for values it thinks may be read
-      int page = split;
+    float first_half[64] = {}, second_half[64] = {};  // ptxas keeps room for values it thinks may be read
 #pragma unroll 1
-      do {
+    for (int page = split; page < pages; page += 2 * p.splits) {
+      // Two pages at a time, since ptxas lets no products be under way from one turn of a loop to the next
+      const bool has_other = page + p.splits < pages;
+      ptx::mbarrier_wait(&sh.full[ring.stage], ring.phase);
+      start_half<0>(first_half, group, ring.stage, sh);
+      start_half<1>(second_half, group, ring.stage, sh);
+      if constexpr (kMode == Mode::kCollect) sum.raise_thresholds(page, group, warp);
+      sum.take_page(page, ring.stage);
+      ptx::wgmma_wait<1>();
+      ptx::pin_registers(first_half);
+      sum.template add<0>(first_half, threshold, queue);
+      uint64_t* const empty = &sh.empty[ring.stage];
+      ring.advance();
+      if (has_other) {
         ptx::mbarrier_wait(&sh.full[ring.stage], ring.phase);
-        // made anew for each page, as registers are scarce
-        const uint64_t queries = ptx::swizzled_descriptor(sh.q[ptx::opaque(group)]);
-        const uint64_t keys = ptx::swizzled_descriptor(sh.keys[ring.stage]);
-        start_products(first_half, keys, queries);
-        start_products(second_half, keys, ptx::advance_descriptor(queries, kHalfColumns * kHeadDim));
-        if constexpr (kMode == Mode::kCollect) {
-          __syncwarp();  // the last page's thresholds have been read
-#pragma unroll
-          for (int i = lane; i < T::kGroupQueries; i += 32) {
-            const int own = group * T::kGroupQueries + i;
-            if (page * kPageTokens >= sh.tie_limit[own]) sh.threshold[warp][i] = sh.next_threshold[own];
-          }
-          __syncwarp();
-        }
-        const float scale[2] = {sh.scales[ring.stage][key_row], sh.scales[ring.stage][key_row + 8]};
-        const uint32_t position = page * kPageTokens + key_row;
+        start_half<0>(first_half, group, ring.stage, sh);
+        ptx::wgmma_wait<1>();
+        ptx::pin_registers(second_half);
+        if (lane == 0) ptx::mbarrier_arrive(empty);
+        sum.template add<1>(second_half, threshold, queue);
+        start_half<1>(second_half, group, ring.stage, sh);
+        if constexpr (kMode == Mode::kCollect) sum.raise_thresholds(page + p.splits, group, warp);
+        sum.take_page(page + p.splits, ring.stage);
         ptx::wgmma_wait<1>();
         ptx::pin_registers(first_half);
-        sum.template add<0>(first_half, scale, position, threshold, queue);
-
-        // Behind the last page this starts products of any memory, which no one looks at: a branch around wgmma would
-        // make ptxas wait for it at once
-        uint64_t* const empty = &sh.empty[ring.stage];
+        sum.template add<0>(first_half, threshold, queue);
+        uint64_t* const other_empty = &sh.empty[ring.stage];
         ring.advance();
-        page += p.splits;
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(second_half);
+        if (lane == 0) ptx::mbarrier_arrive(other_empty);
+        sum.template add<1>(second_half, threshold, queue);
+      } else {
         ptx::wgmma_wait<0>();
         ptx::pin_registers(second_half);
         if (lane == 0) ptx::mbarrier_arrive(empty);
-        sum.template add<1>(second_half, scale, position, threshold, queue);
-      } while (page < pages);
+        sum.template add<1>(second_half, threshold, queue);
+      }
     }
     if constexpr (kMode == Mode::kCollect) queue.hand_over_rest(sh);
 
