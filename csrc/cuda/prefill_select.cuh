@@ -147,8 +147,10 @@ struct Shared {
   uint32_t queue_length[2][kConsumerThreads];
   uint64_t handed[2][kConsumerWarps];
   uint64_t emptied[2][kConsumerWarps];
-  uint32_t queues_emptied[kConsumerWarps];  // the collector warps' own count
+  uint32_t queues_handed[kConsumerWarps];   // the consumers' count
+  uint32_t queues_emptied[kConsumerWarps];  // the collector warps' own
   uint32_t unused_count[32];
+  int32_t item;  // of the consumers
 };
 
 // The copy ring's position; producer and consumers step through it alike.
@@ -232,7 +234,7 @@ __device__ __forceinline__ void append(uint32_t& queue_end, float score, float t
   ptx::append_if_not_less<kConsumerThreads * static_cast<uint32_t>(sizeof(uint2))>(queue_end, score, threshold, tag);
 }
 
-// The queue that a thread fills, one of its two; `handed` counts those that its warp has handed over.
+// The queue that a thread fills, one of its two.
 template <int kHeads>
 struct Queue {
   using T = Tile<kHeads>;
@@ -240,11 +242,10 @@ struct Queue {
 
   uint32_t end;
   uint32_t full;
-  uint32_t& handed;
 
-  __device__ __forceinline__ Queue(Shared<kHeads>& sh, uint32_t& handed) : handed(handed) { start(sh); }
+  __device__ __forceinline__ explicit Queue(Shared<kHeads>& sh) { start(sh, sh.queues_handed[threadIdx.x / 32]); }
 
-  __device__ __forceinline__ void start(Shared<kHeads>& sh) {
+  __device__ __forceinline__ void start(Shared<kHeads>& sh, uint32_t handed) {
     end = ptx::smem_address(&sh.queue[handed % 2][0][threadIdx.x]);
     full = end + T::kFullQueue * kStep;
   }
@@ -256,19 +257,23 @@ struct Queue {
   __device__ __forceinline__ void hand_over_rest(Shared<kHeads>& sh) {
     hand_over(sh, (end - full + T::kFullQueue * kStep) / kStep);
     // all are free when the one handed over last is
-    const uint32_t last = handed - 1;
+    const uint32_t last = sh.queues_handed[threadIdx.x / 32] - 1;
     ptx::mbarrier_wait(&sh.emptied[last % 2][threadIdx.x / 32], last / 2 % 2);
   }
 
   __device__ __forceinline__ void hand_over(Shared<kHeads>& sh, uint32_t length) {
     const int warp = threadIdx.x / 32;
+    const uint32_t handed = sh.queues_handed[warp];
     sh.queue_length[handed % 2][threadIdx.x] = length;
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&sh.handed[handed % 2][warp]);
-    ++handed;
+    if (threadIdx.x % 32 == 0) {
+      ptx::mbarrier_arrive(&sh.handed[handed % 2][warp]);
+      sh.queues_handed[warp] = handed + 1;
+    }
+    __syncwarp();
     // the other queue, handed over before this one, must be free
-    ptx::mbarrier_wait(&sh.emptied[handed % 2][warp], handed / 2 % 2 ^ 1);
-    start(sh);
+    ptx::mbarrier_wait(&sh.emptied[(handed + 1) % 2][warp], (handed + 1) / 2 % 2 ^ 1);
+    start(sh, handed + 1);
   }
 };
 
@@ -642,8 +647,7 @@ __device__ __forceinline__ void start_half(float (&dots)[64], int group, int sta
 }
 
 template <int kHeads, Mode kMode>
-__device__ __forceinline__ void consume(const Params& p, int tile, int split, RingCursor& ring, uint32_t& handed,
-                                        Shared<kHeads>& sh) {
+__device__ __forceinline__ void consume(const Params& p, RingCursor& ring, Shared<kHeads>& sh) {
   using T = Tile<kHeads>;
   // of a lane for all, so that descriptors are computed in uniform registers
   const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / kGroupThreads, 0);
@@ -653,10 +657,13 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
   const int c = lane % 4;
   const int key_row = thread / 32 * 16 + lane / 4;  // and key_row + 8
 
+  // read anew each time, as registers are scarce
+  auto split_of = [&] { return sh.item % p.splits; };
+  auto tile_of = [&] { return sh.item / p.splits; };
   float gates[64];
   load_floats(gates, sh.gates[group][c]);
   Summation<kHeads, kMode> sum{
-      p, sh, group * T::kGroupQueries + c * T::kThreadQueries, tile * T::kQueries + group * T::kGroupQueries + c,
+      p, sh, group * T::kGroupQueries + c * T::kThreadQueries, tile_of() * T::kQueries + group * T::kGroupQueries + c,
       kMode == Mode::kSample ? static_cast<uint32_t>(p.num_samples) : p.dense_stride, gates, {}, {}, 0, key_row};
   const float* const threshold = sh.threshold[warp] + c * T::kThreadQueries;
 
@@ -675,7 +682,7 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
         sh.limit[to] = member ? sh.visible[from] : 0;
       }
       if constexpr (kMode == Mode::kCollect) {
-        const int slot = tile * T::kQueries + from;
+        const int slot = tile_of() * T::kQueries + from;
         const int tie = member ? p.last_tie[slot] : INT32_MAX;
         sh.tie_limit[to] =
             tie == INT32_MAX ? tie : sample_position(tie, sample_step(sh.leader_visible[leader], p.num_samples)) + 1;
@@ -683,19 +690,21 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
         sh.next_threshold[to] = next_larger(found);
 #pragma unroll
         for (int i = 0; i < kGroupThreads / 32; ++i) sh.threshold[group * (kGroupThreads / 32) + i][own] = found;
-        const uint32_t list = static_cast<uint32_t>(slot * p.splits + split) * p.list_capacity;
+        const uint32_t list = static_cast<uint32_t>(slot * p.splits + split_of()) * p.list_capacity;
         sh.next_place[to] = member ? list : kClosedList;
         sh.list_end[to] = list + p.list_capacity;
       }
     }
     sync_group(group);
 
-    Queue<kHeads> queue(sh, handed);
+    Queue<kHeads> queue(sh);
+    // Two pages in a turn, since ptxas lets no products be under way from one turn to the next. Elsewhere registers are
+    // scarcer than time.
+    constexpr int kPagesTogether = kMode == Mode::kCollect ? 2 : 1;
     float first_half[64] = {}, second_half[64] = {};  // ptxas keeps room for values it thinks may be read
 #pragma unroll 1
-    for (int page = split; page < pages; page += 2 * p.splits) {
-      // Two pages at a time, since ptxas lets no products be under way from one turn of a loop to the next
-      const bool has_other = page + p.splits < pages;
+    for (int page = split_of(); page < pages; page += kPagesTogether * p.splits) {
+      const bool has_other = kPagesTogether == 2 && page + p.splits < pages;
       ptx::mbarrier_wait(&sh.full[ring.stage], ring.phase);
       start_half<0>(first_half, group, ring.stage, sh);
       start_half<1>(second_half, group, ring.stage, sh);
@@ -740,7 +749,7 @@ __device__ __forceinline__ void consume(const Params& p, int tile, int split, Ri
         const int from = group * T::kGroupQueries + thread;
         if (sh.leader[from] == leader) {
           const int own = group * T::kGroupQueries + thread % 4 * T::kThreadQueries + thread / 4;
-          p.counts[(tile * T::kQueries + from) * p.splits + split] =
+          p.counts[(tile_of() * T::kQueries + from) * p.splits + split_of()] =
               sh.next_place[own] - (sh.list_end[own] - p.list_capacity);
         }
       }
@@ -769,20 +778,20 @@ template <int kHeads, Mode kMode>
 __device__ __forceinline__ void consume_items(const Params& p, const int32_t* rows, int num_rows, RingCursor& ring,
                                               Shared<kHeads>& sh) {
   const int tiles = (num_rows + Tile<kHeads>::kQueries - 1) / Tile<kHeads>::kQueries;
-  uint32_t handed = 0;
   const int group = threadIdx.x / kGroupThreads;
-  for (int item = blockIdx.x; item < tiles * p.splits; item += gridDim.x) {
+  for (int item = blockIdx.x; item < tiles * p.splits; item = sh.item + gridDim.x) {
     sync_item<kMode>();
+    if (threadIdx.x == 0) sh.item = item;
     load_rows<kHeads>(p, rows, num_rows, item / p.splits, sh);
     load_queries<kHeads>(p, group, threadIdx.x % kGroupThreads, sh);
     ptx::fence_proxy_async();
     sync_item<kMode>();
     // Thresholds are the previous kernel's, and the lists lie where it reads its samples
     if constexpr (kMode == Mode::kCollect) ptx::wait_for_previous_kernel();
-    consume<kHeads, kMode>(p, item / p.splits, item % p.splits, ring, handed, sh);
+    consume<kHeads, kMode>(p, ring, sh);
   }
   if constexpr (kMode == Mode::kCollect) {
-    Queue<kHeads>(sh, handed).hand_over(sh, kNoMoreQueues);
+    Queue<kHeads>(sh).hand_over(sh, kNoMoreQueues);
   }
 }
 
@@ -790,6 +799,7 @@ template <int kHeads, Mode kMode>
 __device__ __forceinline__ Shared<kHeads>& init_shared(uint8_t* raw, const CUtensorMap* map) {
   auto& sh = *reinterpret_cast<Shared<kHeads>*>(raw);
   if (threadIdx.x < kConsumerWarps) {
+    sh.queues_handed[threadIdx.x] = 0;
     sh.queues_emptied[threadIdx.x] = 0;
     for (int which = 0; which < 2; ++which) {
       ptx::mbarrier_init(&sh.handed[which][threadIdx.x], 1);
