@@ -25,16 +25,13 @@ constexpr float kSampleMargin = 5.0f;
 __global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __grid_constant__ Params p) {
   extern __shared__ uint32_t keys[];
   __shared__ SelectScratch scratch;
-  __shared__ uint32_t valid, lowest, highest;
   const int slot = blockIdx.x;
+  for (int bin = threadIdx.x; bin < kSelectBins; bin += kThresholdThreads) scratch.bins[bin] = 0;
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
   if (threadIdx.x == 0) {
     p.last_tie[slot] = INT32_MAX;
     if (slot == 0) *p.undecided_count = *p.arrived = 0;
-    valid = 0;
-    lowest = 0xFFFFFFFFu;
-    highest = 0;
   }
   const int visible = p.rows.visible[p.row_begin + slot];
   if (visible < p.scored_from || visible >= p.scored_to) return;
@@ -45,46 +42,39 @@ __global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __gr
   __syncthreads();
   // key 0 marks a sample the row does not see: no float has it
   const float* samples = p.samples + static_cast<int64_t>(slot) * p.num_samples;
-  uint32_t count = 0, low = 0xFFFFFFFFu, high = 0;
+  uint32_t count = 0;
+#pragma unroll 4
   for (int i = threadIdx.x; i < p.num_samples; i += kThresholdThreads) {
     const float sample = samples[i];
     const bool seen = __float_as_uint(sample) != kInvalidSample;
     const uint32_t key = seen ? order_key(sample) : 0;
     keys[i] = key;
-    if (seen) {
-      ++count;
-      low = min(low, key);
-      high = max(high, key);
-    }
+    count += seen;
+    if (seen) atomicAdd(&scratch.bins[ScoreBins::of_any_scores().of(key)], 1u);
   }
-  count = __reduce_add_sync(0xFFFFFFFFu, count);
-  low = __reduce_min_sync(0xFFFFFFFFu, low);
-  high = __reduce_max_sync(0xFFFFFFFFu, high);
-  if (threadIdx.x % 32 == 0) {
-    atomicAdd(&valid, count);
-    atomicMin(&lowest, low);
-    atomicMax(&highest, high);
-  }
-  __syncthreads();
+  uint32_t valid;
+  block_exclusive_sum<kThresholdThreads>(count, scratch.warp_sums, valid);
   const float expected = static_cast<float>(p.k) * valid / visible;
   const uint32_t rank = static_cast<uint32_t>(ceilf(expected + kSampleMargin * sqrtf(expected))) + 1;
   if (rank >= valid) {
     if (threadIdx.x == 0) p.threshold[slot] = -INFINITY;
     return;
   }
-  auto for_each = [&](auto&& visit) {
-    for (int i = threadIdx.x; i < p.num_samples; i += kThresholdThreads) {
-      if (keys[i] != 0) visit((static_cast<uint64_t>(keys[i]) << 32) | (0xFFFFFFFFu - i));
-    }
-  };
-  const uint64_t cut = kth_largest<kThresholdThreads>(static_cast<uint64_t>(lowest) << 32,
-                                                      (static_cast<uint64_t>(highest) << 32) | 0xFFFFFFFFu, rank,
-                                                      for_each, scratch);
+  choose_bin<kThresholdThreads>(rank, scratch);
+  const Cut start = cut_of_bin(ScoreBins::of_any_scores(), rank, scratch);
+  select_sync<kThresholdThreads>();
+  const uint64_t cut = last_selected<kThresholdThreads>(
+      start,
+      [&](auto&& visit) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < p.num_samples; i += kThresholdThreads) {
+          if (keys[i] != 0) visit((static_cast<uint64_t>(keys[i]) << 32) | (0xFFFFFFFFu - i));
+        }
+      },
+      scratch);
   if (threadIdx.x == 0) {
     p.threshold[slot] = float_of_order_key(static_cast<uint32_t>(cut >> 32));
-    // A cut below all samples of its score keeps all keys of that score
-    const uint32_t last = position_of(cut);
-    p.last_tie[slot] = last < static_cast<uint32_t>(p.num_samples) ? static_cast<int32_t>(last) : INT32_MAX;
+    p.last_tie[slot] = static_cast<int32_t>(position_of(cut));
   }
 }
 
@@ -107,12 +97,12 @@ struct FinalShared {
   union {
     SelectScratch scratch;
     struct {
-      uint16_t bits_before[kWindowWords];
+      alignas(8) uint16_t bits_before[kWindowWords];
       uint32_t window_sums[32];
     };
   };
   alignas(16) uint32_t words[kWindowWords];
-  uint32_t lowest_key, highest_key;
+  uint32_t few_count;
 };
 
 // One block per slot: writes the row's selection, ascending, or lists the row as undecided if one of its lists
@@ -128,10 +118,10 @@ void final_kernel(const __grid_constant__ Params p) {
   for (int i = threadIdx.x; i < kWindowWords / 4; i += kBlockThreads) {
     reinterpret_cast<uint4*>(sh.words)[i] = make_uint4(0, 0, 0, 0);
   }
-  if (threadIdx.x == 0) {
-    sh.lowest_key = 0xFFFFFFFFu;
-    sh.highest_key = 0;
+  for (int i = threadIdx.x; i < kSelectBins / 4; i += kBlockThreads) {
+    reinterpret_cast<uint4*>(sh.scratch.bins)[i] = make_uint4(0, 0, 0, 0);
   }
+  if (threadIdx.x == 0) sh.few_count = 0;
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
   const int visible = p.rows.visible[row];
@@ -145,6 +135,7 @@ void final_kernel(const __grid_constant__ Params p) {
   // Lane s of every warp knows list s
   const uint32_t capacity = p.list_capacity;
   const uint32_t count = lane < p.splits ? p.counts[static_cast<int64_t>(slot) * p.splits + lane] : 0;
+  const float threshold = p.threshold[slot];
   const bool overflow = __any_sync(0xFFFFFFFFu, count > capacity);
   const uint32_t total = __reduce_add_sync(0xFFFFFFFFu, count);
   if (overflow || total < static_cast<uint32_t>(p.k)) {
@@ -174,81 +165,117 @@ void final_kernel(const __grid_constant__ Params p) {
   ptx::cp_async_wait_all();
   __syncthreads();
 
-  // From (score, position) to the halves of a rank value, the upper one in y
-  uint32_t low = 0xFFFFFFFFu, high = 0;
-#pragma unroll 4
+  // The bin that the cut lies in: not far above a threshold, as the lists keep little more than the k best. An entry's
+  // score becomes its key.
+  const ScoreBins bins = isfinite(threshold) ? ScoreBins::above(threshold) : ScoreBins::of_any_scores();
+#pragma unroll 2
   for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
-    const uint2 entry = entries[i];
-    const uint64_t value = rank_value(__uint_as_float(entry.x), entry.y);
-    const auto key = static_cast<uint32_t>(value >> 32);
-    entries[i] = make_uint2(static_cast<uint32_t>(value), key);
-    high = max(high, key);
-    low = min(low, key);
-  }
-  low = __reduce_min_sync(0xFFFFFFFFu, low);
-  high = __reduce_max_sync(0xFFFFFFFFu, high);
-  if (lane == 0) {
-    atomicMin(&sh.lowest_key, low);
-    atomicMax(&sh.highest_key, high);
+    const uint32_t key = order_key(__uint_as_float(entries[i].x));
+    entries[i].x = key;
+    atomicAdd(&sh.scratch.bins[bins.of(key)], 1u);
   }
   __syncthreads();
-  auto value_of = [](const uint2& entry) { return (static_cast<uint64_t>(entry.y) << 32) | entry.x; };
-  const uint64_t cut = kth_largest<kBlockThreads>(
-      static_cast<uint64_t>(sh.lowest_key) << 32, (static_cast<uint64_t>(sh.highest_key) << 32) | 0xFFFFFFFFu, p.k,
-      [&](auto&& visit) {
+  choose_bin<kBlockThreads>(p.k, sh.scratch);
+  const Cut start = cut_of_bin(bins, p.k, sh.scratch);
+
+  // A bit of each selected position. Past any window lies what stands for an entry that is not selected.
+  constexpr uint32_t kNowhere = 0xFFFFFFFFu;
+  auto value_of = [](const uint2& entry) { return (static_cast<uint64_t>(entry.x) << 32) | (0xFFFFFFFFu - entry.y); };
+  auto set_bit = [&](uint32_t at) {
+    if (at < kWindow) atomicOr(&sh.words[at / 32], 1u << at % 32);
+  };
+  if (!start.done && start.inside <= kFewValues) {
+    // Those of the bin are ranked among themselves; until then they wait where the bins were
+    auto* const few = reinterpret_cast<uint64_t*>(sh.scratch.bins);
+    uint32_t* const few_entries = sh.scratch.bins + 2 * kFewValues;
+    for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
+      const uint2 entry = entries[i];
+      const uint64_t value = value_of(entry), offset = value - start.low;
+      if (value < start.low) {
+        entries[i].y = kNowhere;
+      } else if (offset <= start.span) {
+        const uint32_t place = atomicAdd(&sh.few_count, 1u);
+        few[place] = value;
+        few_entries[place] = i;
+      } else {
+        set_bit(entry.y);
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x < start.inside) {
+      const uint64_t own = few[threadIdx.x];
+      uint32_t larger = 0;
 #pragma unroll 4
-        for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) visit(value_of(entries[i]));
-      },
-      sh.scratch);
-  // From here on 0 stands for an entry that is not selected: its position is past any window
-  for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
-    if (value_of(entries[i]) < cut) entries[i] = make_uint2(0, 0);
+      for (uint32_t i = 0; i < start.inside; ++i) larger += few[i] > own;
+      if (larger < start.need) {
+        set_bit(position_of(own));
+      } else {
+        entries[few_entries[threadIdx.x]].y = kNowhere;
+      }
+    }
+  } else {
+    select_sync<kBlockThreads>();
+    const uint64_t cut = end_search<kBlockThreads>(
+        start,
+        [&](auto&& visit) {
+#pragma unroll 2
+          for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) visit(value_of(entries[i]));
+        },
+        sh.scratch);
+    for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
+      const uint2 entry = entries[i];
+      if (value_of(entry) < cut) {
+        entries[i].y = kNowhere;
+      } else {
+        set_bit(entry.y);
+      }
+    }
   }
 
   // Ascending positions: a selected one comes behind as many as there are bits before its own
   constexpr int kOwnWords = kWindowWords / kBlockThreads;
   static_assert(kOwnWords % 4 == 0 && kMostSelected <= 0xFFFF);
-  // The selection takes the place of the entries' keys
-  auto position_at = [&](uint32_t i) { return 0xFFFFFFFFu - entries[i].x; };
   uint32_t earlier = 0;  // in earlier windows
   for (uint32_t window = 0; window < static_cast<uint32_t>(visible); window += kWindow) {
     if (window > 0) {
       __syncthreads();
       for (int i = threadIdx.x; i < kWindowWords; i += kBlockThreads) sh.words[i] = 0;
+      __syncthreads();
+      for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) set_bit(entries[i].y - window);
     }
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
-      const uint32_t at = position_at(i) - window;
-      if (at < kWindow) atomicOr(&sh.words[at / 32], 1u << at % 32);
-    }
-    __syncthreads();
-    uint32_t sums[kOwnWords], sum = 0, all;
+    auto own_words = [&](int i) { return *reinterpret_cast<const uint4*>(&sh.words[threadIdx.x * kOwnWords + i]); };
+    uint32_t sum = 0, all;
 #pragma unroll
     for (int i = 0; i < kOwnWords; i += 4) {
-      const uint4 four = *reinterpret_cast<const uint4*>(&sh.words[threadIdx.x * kOwnWords + i]);
-      sums[i] = sum;
-      sums[i + 1] = sum += __popc(four.x);
-      sums[i + 2] = sum += __popc(four.y);
-      sums[i + 3] = sum += __popc(four.z);
-      sum += __popc(four.w);
+      const uint4 four = own_words(i);
+      sum += __popc(four.x) + __popc(four.y) + __popc(four.z) + __popc(four.w);
     }
-    const uint32_t before = block_exclusive_sum<kBlockThreads>(sum, sh.window_sums, all);
+    uint32_t before = block_exclusive_sum<kBlockThreads>(sum, sh.window_sums, all);
 #pragma unroll
-    for (int i = 0; i < kOwnWords; ++i) {
-      sh.bits_before[threadIdx.x * kOwnWords + i] = static_cast<uint16_t>(before + sums[i]);
+    for (int i = 0; i < kOwnWords; i += 4) {
+      const uint4 four = own_words(i);
+      const uint32_t second = before + __popc(four.x), third = second + __popc(four.y);
+      const uint32_t fourth = third + __popc(four.z);
+      *reinterpret_cast<uint2*>(&sh.bits_before[threadIdx.x * kOwnWords + i]) =
+          make_uint2(before | second << 16, third | fourth << 16);
+      before = fourth + __popc(four.w);
     }
     __syncthreads();
+    // The selection takes the place of the entries' keys
+#pragma unroll 2
     for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
-      const uint32_t position = position_at(i), at = position - window;
+      const uint32_t position = entries[i].y, at = position - window;
       if (at < kWindow) {
         const uint32_t lower = sh.words[at / 32] & ((1u << at % 32) - 1);
-        entries[earlier + sh.bits_before[at / 32] + __popc(lower)].y = position;
+        entries[earlier + sh.bits_before[at / 32] + __popc(lower)].x = position;
       }
     }
     earlier += all;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < p.k; i += kBlockThreads) out[i] = static_cast<int32_t>(entries[i].y);
+#pragma unroll 2
+  for (int i = threadIdx.x; i < p.k; i += kBlockThreads) out[i] = static_cast<int32_t>(entries[i].x);
 }
 
 // Lists every scored row as undecided, for a k that lists are not kept for; the other rows are written.

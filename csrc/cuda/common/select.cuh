@@ -35,11 +35,40 @@ constexpr int kSelectBinsLog2 = 11;
 constexpr int kSelectBins = 1 << kSelectBinsLog2;
 
 struct SelectScratch {
-  alignas(8) uint32_t bins[kSelectBins];
+  alignas(16) uint32_t bins[kSelectBins];
   uint32_t warp_sums[32];
   uint32_t chosen_bin;
   uint32_t above;
   uint32_t inside;
+};
+
+// Bins of scores for the first step of a search, ascending, by the upper bits of the order key. What lies beyond counts
+// in the first bin or in the last.
+struct ScoreBins {
+  int shift, lowest;
+
+  // For any scores: 1/64 octave from 2^-20 to 2^12.
+  __device__ __forceinline__ static ScoreBins of_any_scores() {
+    constexpr int kShift = 17;
+    return {kShift, static_cast<int>((0x80000000u | (127 - 20) << 23) >> kShift)};
+  }
+
+  // For a cut that lies not far above `least`: 1/1024 octave from there on.
+  __device__ __forceinline__ static ScoreBins above(float least) {
+    constexpr int kShift = 13;
+    return {kShift, static_cast<int>(order_key(least) >> kShift)};
+  }
+
+  __device__ __forceinline__ int of(uint32_t key) const {
+    return min(max(static_cast<int>(key >> shift) - lowest, 0), kSelectBins - 1);
+  }
+
+  // The least key of a bin; of the one past the last, one more than any key.
+  __device__ __forceinline__ uint64_t begin(int bin) const {
+    if (bin == 0) return 0;
+    if (bin == kSelectBins) return 1ull << 32;
+    return static_cast<uint64_t>(lowest + bin) << shift;
+  }
 };
 
 // A barrier of the block's first kThreads threads; the rest of the block takes no part in a selection.
@@ -77,14 +106,59 @@ struct Cut {
   uint32_t inside = 0xFFFFFFFFu;  // how many values are in there, once a step has counted them
 };
 
+// Finds the bin that holds the `need`-th largest of the counted values: the results lie in `chosen_bin`, `above` and
+// `inside` for all of the block's first kThreads threads, which take part. Returns how many values were counted. A
+// barrier must precede, and another one the next change of the bins.
+template <int kThreads>
+__device__ __forceinline__ uint32_t choose_bin(uint32_t need, SelectScratch& scratch) {
+  constexpr int kScanThreads = 256;
+  constexpr int kBinsPerThread = kSelectBins / kScanThreads;
+  uint32_t counts[kBinsPerThread], sum = 0;
+  // opaque: a loop around this would keep all that follows from it in registers
+  const int top = ptx::opaque(kSelectBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread);
+  if (threadIdx.x < kScanThreads) {
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(&scratch.bins[top - i - 3]);
+      counts[i] = four.w;
+      counts[i + 1] = four.z;
+      counts[i + 2] = four.y;
+      counts[i + 3] = four.x;
+      sum += four.x + four.y + four.z + four.w;
+    }
+  }
+  uint32_t total;
+  uint32_t above = block_exclusive_sum<kThreads>(sum, scratch.warp_sums, total);
+  if (threadIdx.x < kScanThreads && above < need && above + sum >= need) {
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) {
+      if (above < need && above + counts[i] >= need) {
+        scratch.chosen_bin = top - i;
+        scratch.above = above;
+        scratch.inside = counts[i];
+      }
+      above += counts[i];
+    }
+  }
+  select_sync<kThreads>();
+  return total;
+}
+
+// The cut of rank values after a first step by `bins` of their upper halves that are not 0. choose_bin comes before.
+__device__ __forceinline__ Cut cut_of_bin(const ScoreBins& bins, uint32_t need, const SelectScratch& scratch) {
+  const int bin = static_cast<int>(scratch.chosen_bin);
+  const uint64_t begin = max(bins.begin(bin), static_cast<uint64_t>(1)), end = bins.begin(bin + 1);
+  Cut cut{begin << 32, ((end - begin) << 32) - 1, need - scratch.above, false, scratch.inside};
+  cut.done = cut.inside == cut.need;
+  return cut;
+}
+
 // One step of a search from the top by 2^11 bins over [low, low + span]: narrows the cut to the bin that holds the
 // `need`-th largest value. for_each(visit) calls visit(value) for this thread's share of the values; the range holds
 // at least `need` values. The block's first kThreads threads take part.
 template <int kThreads, typename ForEach>
 __device__ __forceinline__ Cut narrow_cut(Cut cut, ForEach&& for_each, SelectScratch& scratch) {
   static_assert(kThreads % 32 == 0);
-  constexpr int kScanThreads = 256;
-  constexpr int kBinsPerThread = kSelectBins / kScanThreads;
   const int span_bits = cut.span == 0 ? 1 : 64 - __clzll(static_cast<long long>(cut.span));
   const int shift = max(0, span_bits - kSelectBinsLog2);
   for (int bin = threadIdx.x; bin < kSelectBins; bin += kThreads) scratch.bins[bin] = 0;
@@ -94,26 +168,7 @@ __device__ __forceinline__ Cut narrow_cut(Cut cut, ForEach&& for_each, SelectScr
     if (value >= cut.low && offset <= cut.span) atomicAdd(&scratch.bins[offset >> shift], 1u);
   });
   select_sync<kThreads>();
-  uint32_t counts[kBinsPerThread], sum = 0;
-  const int top = kSelectBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;
-  if (threadIdx.x < kScanThreads) {
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) sum += counts[i] = scratch.bins[top - i];
-  }
-  uint32_t total;
-  uint32_t above = block_exclusive_sum<kThreads>(sum, scratch.warp_sums, total);
-  if (threadIdx.x < kScanThreads && above < cut.need && above + sum >= cut.need) {
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) {
-      if (above < cut.need && above + counts[i] >= cut.need) {
-        scratch.chosen_bin = top - i;
-        scratch.above = above;
-        scratch.inside = counts[i];
-      }
-      above += counts[i];
-    }
-  }
-  select_sync<kThreads>();
+  choose_bin<kThreads>(cut.need, scratch);
   cut.low += static_cast<uint64_t>(scratch.chosen_bin) << shift;
   cut.span = (1ull << shift) - 1;
   cut.need -= scratch.above;
@@ -150,17 +205,29 @@ __device__ __forceinline__ uint64_t rank_few(const Cut& cut, ForEach&& for_each,
   return low;
 }
 
-// The smallest value `low` such that exactly k of the distinct values in [low, high] are >= it: the block selects
-// values >= low. `for_each` as in `narrow_cut`; there are at least k values in [low, high].
+// Ends a search: the smallest value of the cut that is selected. `for_each` as in `narrow_cut`.
 template <int kThreads, typename ForEach>
-__device__ __forceinline__ uint64_t kth_largest(uint64_t low, uint64_t high, uint32_t k, ForEach&& for_each,
-                                                SelectScratch& scratch) {
-  Cut cut{low, high - low, k, false};
+__device__ __forceinline__ uint64_t end_search(Cut cut, ForEach&& for_each, SelectScratch& scratch) {
   while (!cut.done) {
     if (cut.inside <= kFewValues) return rank_few<kThreads>(cut, for_each, scratch);
     cut = narrow_cut<kThreads>(cut, for_each, scratch);
   }
   return cut.low;
+}
+
+// As end_search after a first step, but returns the `need`-th largest value itself, not a bound below it.
+template <int kThreads, typename ForEach>
+__device__ __forceinline__ uint64_t last_selected(Cut cut, ForEach&& for_each, SelectScratch& scratch) {
+  while (cut.inside > kFewValues) cut = narrow_cut<kThreads>(cut, for_each, scratch);
+  return rank_few<kThreads>(cut, for_each, scratch);
+}
+
+// The smallest value `low` such that exactly k of the distinct values in [low, high] are >= it: the block selects
+// values >= low. `for_each` as in `narrow_cut`; there are at least k values in [low, high].
+template <int kThreads, typename ForEach>
+__device__ __forceinline__ uint64_t kth_largest(uint64_t low, uint64_t high, uint32_t k, ForEach&& for_each,
+                                                SelectScratch& scratch) {
+  return end_search<kThreads>(Cut{low, high - low, k, false}, for_each, scratch);
 }
 
 }  // namespace misa
