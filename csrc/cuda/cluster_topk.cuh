@@ -155,6 +155,12 @@ class TopK {
   /// Finds the digit that holds the `remaining`-th largest of the keys counted in totals[kBins]; a block barrier must
   /// precede. The results lie in `digit`, `above`, `inside` and `total`, for all threads.
   __device__ void walk(const uint32_t* totals, uint32_t remaining) {
+    walk_loaded([&](int bin) { return *reinterpret_cast<const uint4*>(totals + bin); }, remaining);
+  }
+
+  /// The same; load(bin) returns the totals of four bins.
+  template <typename Load>
+  __device__ void walk_loaded(Load load, uint32_t remaining) {
     constexpr int kPerThread = kBins / kThreads;
     static_assert(kPerThread % 4 == 0);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -162,7 +168,7 @@ class TopK {
     uint32_t bin[kPerThread], sum = 0;
 #pragma unroll
     for (int i = 0; i < kPerThread; i += 4) {
-      const uint4 four = *reinterpret_cast<const uint4*>(totals + top + i);
+      const uint4 four = load(top + i);
       bin[i] = four.x;
       bin[i + 1] = four.y;
       bin[i + 2] = four.z;

@@ -68,10 +68,11 @@ class DecodeRouter {
   }
 
   /// Writes the routed heads of row r, ascending, to heads[r * heads_stride]. Block barriers must precede and follow.
-  /// All threads call await() once, when the first means are under way and before the part's slots in the exchange are
-  /// touched.
-  template <typename Await>
-  __device__ void route(const RankOfRows& part, int32_t* heads, int heads_stride, Await await) {
+  /// All threads call start_loads() once, when the first means are under way, and await() once, before the part's slots
+  /// in the exchange are touched.
+  template <typename StartLoads, typename Await>
+  __device__ void route(
+      const RankOfRows& part, int32_t* heads, int heads_stride, StartLoads start_loads, Await await) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int segment_blocks = settings_.segment_blocks, pages_per_block = settings_.pages_per_block;
     int most_blocks = 0;
@@ -93,11 +94,11 @@ class DecodeRouter {
     MeanStream means(
         *this, rows_.block_table + part.request * rows_.table_stride, first_segment * segment_blocks,
         at_once * segment_blocks, min(last_segment * segment_blocks, most_blocks), pages_per_block);
-    await();
-    if (shares && first_segment == last_segment) __syncthreads();
+    start_loads();
 #pragma unroll 1
     for (int segment = first_segment; segment < last_segment; segment += at_once) {
       means.pool_batch();
+      if (segment == first_segment) await();  // not earlier: what rank 0 makes ready is there by now
       __syncthreads();
       const int count = min(at_once, last_segment - segment);
       score_segments(part, segment, count, shares);
@@ -106,6 +107,10 @@ class DecodeRouter {
 #pragma unroll 1
         for (int i = 0; i < count; ++i) total += sums_[i * part.rows * kMaxHeads + threadIdx.x];
       }
+    }
+    if (first_segment == last_segment) {
+      await();
+      __syncthreads();
     }
     if (shares) {
       auto* gathered = reinterpret_cast<uint32_t*>(ring_);
@@ -128,17 +133,42 @@ class DecodeRouter {
       }
     }
 
-    const int head = threadIdx.x % kMaxHeads, row = threadIdx.x / kMaxHeads;
-    if (row < part.rows && head < settings_.heads) {
-      sums_[threadIdx.x] = fabsf(gates_of(part, row)[head]) * total;
+    // Each head is compared with all by several threads; heads that do not exist have the smallest key.
+    auto* keys = reinterpret_cast<uint32_t*>(sums_);
+    auto* better = reinterpret_cast<uint32_t*>(ring_);
+    const int all_heads = part.rows * kMaxHeads, head = threadIdx.x % kMaxHeads;
+    if (threadIdx.x < all_heads) {
+      const bool exists = head < settings_.heads;
+      keys[threadIdx.x] = exists ? order_key(fabsf(gates_of(part, threadIdx.x / kMaxHeads)[head]) * total) : 0;
+      better[threadIdx.x] = 0;
+    }
+    __syncthreads();
+    const int shares_of_rivals = kThreads / kMaxHeads / part.rows;
+    const int share = threadIdx.x / kMaxHeads / part.rows, row = threadIdx.x / kMaxHeads % part.rows;
+    if (share < shares_of_rivals) {
+      const uint32_t* rivals = keys + row * kMaxHeads;
+      const uint32_t key = rivals[head];
+      uint32_t count = 0;
+#pragma unroll 4
+      for (int i = share; i < settings_.heads; i += shares_of_rivals) {
+        count += rivals[i] > key || (rivals[i] == key && i < head);
+      }
+      if (count > 0) atomicAdd(better + row * kMaxHeads + head, count);
     }
     __syncthreads();
     if (warp < part.rows) {
       int32_t* out = heads + warp * heads_stride;
-      if (rows_.visible[part.row + warp] >= settings_.pool_block) {
-        write_top_heads(sums_ + warp * kMaxHeads, settings_.heads, settings_.active_heads, out);
-      } else {  // no score was summed
-        for (int i = lane; i < settings_.active_heads; i += 32) out[i] = i;
+      // without a block no score was summed, and the first heads are taken
+      const bool has_scores = rows_.visible[part.row + warp] >= settings_.pool_block;
+      int written = 0;
+#pragma unroll
+      for (int first = 0; first < kMaxHeads; first += 32) {
+        const int own = first + lane;
+        const int rank = has_scores ? static_cast<int>(better[warp * kMaxHeads + own]) : own;
+        const bool chosen = own < settings_.heads && rank < settings_.active_heads;
+        const uint32_t lanes = __ballot_sync(~0u, chosen);
+        if (chosen) out[written + __popc(lanes & ((1u << lane) - 1))] = own;
+        written += __popc(lanes);
       }
       __syncwarp();
       if (settings_.routed != nullptr && part.rank == 0) {
@@ -203,7 +233,7 @@ class DecodeRouter {
   }
 
   /// A warp's pool blocks of one batch after the other: each lane fetches and reads its own 16 bytes of the pages'
-  /// means, through a ring that needs no barrier and runs on over the ends of batches.
+  /// means, through a ring that needs no barrier and runs on over the ends of batches. It is filled by halves.
   class MeanStream {
    public:
     /// Blocks [first, end) of a request whose pages are given, `batch` at a time.
@@ -218,31 +248,42 @@ class DecodeRouter {
       const int before_last = (end - first - 1) / batch;  // batches
       const int in_last = (end - first - before_last * batch - first_block_) * pages_per_block;
       page_count_ = before_last * my_pages_ + min(max(in_last, 0), my_pages_);
-      is_deep_ = ceil_div(batch, warp_blocks) <= kWarps / 2;  // half of the warps have it all
-      ids_ = load_ids(0);
-      later_ids_ = load_ids(32);
-      for (int i = 0; i < depth(); ++i) fetch();
+      half_ = ceil_div(batch, warp_blocks) <= kWarps / 2 ? 8 : 4;  // half of the warps have it all
+      slots_ = router.ring_ + warp * 2 * half_ * kMeanBytes + threadIdx.x % 32 * 16;
+      later_ids_ = load_ids(0);
+      fetch_half();
+      fetch_half();
     }
 
     /// The next batch's means go to the tile.
     __device__ void pool_batch() {
-      const int lane = threadIdx.x % 32;
-      const float divisor = static_cast<float>(pages_per_block_);
+      const int lane = threadIdx.x % 32, end = min(consumed_ + my_pages_, page_count_);
+      // a product with a power of two is the quotient to the bit
+      const bool is_power = (pages_per_block_ & (pages_per_block_ - 1)) == 0;
+      const float divisor = static_cast<float>(pages_per_block_), inverse = 1.0f / divisor;
       float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-      int in_block = 0, index = first_block_;
-      const int end = min(consumed_ + my_pages_, page_count_);
-      for (; consumed_ < end; ++consumed_) {
-        is_deep_ ? ptx::cp_async_wait<15>() : ptx::cp_async_wait<7>();
-        const float4 mean = *reinterpret_cast<const float4*>(slot(consumed_));
-        sum = {sum.x + mean.x, sum.y + mean.y, sum.z + mean.z, sum.w + mean.w};
-        fetch();
-        if (++in_block < pages_per_block_) continue;
-        const float scale = store_mean(
-            router_.tile_ + index * kMeanRowBytes, index,
-            float4{sum.x / divisor, sum.y / divisor, sum.z / divisor, sum.w / divisor}, lane);
+      int left = pages_per_block_, index = first_block_;
+#pragma unroll 1
+      while (consumed_ < end) {
+        if ((consumed_ & (half_ - 1)) == 0) ptx::cp_async_wait<1>();  // all but the later half
+        const char* slot = slots_ + (consumed_ & (2 * half_ - 1)) * kMeanBytes;
+        const int run = min(min(left, end - consumed_), half_ - (consumed_ & (half_ - 1)));
+#pragma unroll 4
+        for (int i = 0; i < run; ++i) {
+          const float4 mean = *reinterpret_cast<const float4*>(slot + i * kMeanBytes);
+          sum = {sum.x + mean.x, sum.y + mean.y, sum.z + mean.z, sum.w + mean.w};
+        }
+        consumed_ += run;
+        left -= run;
+        if ((consumed_ & (half_ - 1)) == 0) fetch_half();
+        if (left > 0) continue;
+        const float4 mean = is_power
+                                ? float4{sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse}
+                                : float4{sum.x / divisor, sum.y / divisor, sum.z / divisor, sum.w / divisor};
+        const float scale = store_mean(router_.tile_ + index * kMeanRowBytes, index, mean, lane);
         if (lane == 0) router_.scales_[index] = scale;
         sum = {0.0f, 0.0f, 0.0f, 0.0f};
-        in_block = 0;
+        left = pages_per_block_;
         ++index;
       }
     }
@@ -250,30 +291,32 @@ class DecodeRouter {
    private:
     const DecodeRouter& router_;
     const int32_t* pages_;
-    int batch_pages_, pages_per_block_, first_block_, first_page_, my_pages_, page_count_;
+    char* slots_;
+    int batch_pages_, pages_per_block_, first_block_, first_page_, my_pages_, page_count_, half_;
     int fetched_ = 0, consumed_ = 0;  // of the warp's pages
-    int ids_, later_ids_;             // of pages 32 n + lane, from the last fetched on
-    bool is_deep_;
+    int ids_ = 0, later_ids_;         // of pages 32 n + lane, from the last fetched on
 
-    __device__ int depth() const { return is_deep_ ? 16 : 8; }
-    __device__ char* slot(int number) const {
-      const int slot_of_ring = threadIdx.x / 32 * depth() + (number & (depth() - 1));
-      return router_.ring_ + slot_of_ring * kMeanBytes + threadIdx.x % 32 * 16;
-    }
     __device__ int load_ids(int from) const {
       const int number = from + static_cast<int>(threadIdx.x % 32);
       if (number >= page_count_) return -1;
-      return pages_[first_page_ + number / my_pages_ * batch_pages_ + number % my_pages_];
+      const int batch = number / my_pages_;
+      return pages_[first_page_ + batch * batch_pages_ + number - batch * my_pages_];
     }
-    __device__ void fetch() {
-      if (fetched_ > 0 && fetched_ % 32 == 0) {
-        ids_ = later_ids_;
-        later_ids_ = load_ids(fetched_ + 32);
+    __device__ void fetch_half() {
+      if (fetched_ < page_count_) {
+        if (fetched_ % 32 == 0) {
+          ids_ = later_ids_;
+          later_ids_ = load_ids(fetched_ + 32);
+        }
+        char* slot = slots_ + (fetched_ & (2 * half_ - 1)) * kMeanBytes;
+#pragma unroll 4
+        for (int i = 0; i < half_; ++i) {
+          const int id = __shfl_sync(~0u, ids_, (fetched_ + i) % 32);
+          if (id >= 0) ptx::cp_async<16>(slot + i * kMeanBytes, router_.cache_.mean(id) + 4 * (threadIdx.x % 32));
+        }
       }
-      const int id = __shfl_sync(~0u, ids_, fetched_ % 32);
-      if (id >= 0) ptx::cp_async<16>(slot(fetched_), router_.cache_.mean(id) + 4 * (threadIdx.x % 32));
       ptx::cp_async_commit();
-      ++fetched_;
+      fetched_ += half_;
     }
   };
 };

@@ -31,9 +31,9 @@ constexpr int kScaleTileBytes = kPageTokens * 4;
 constexpr int kTileAlignment = 1024;
 constexpr int kMostStages = 4 * kWarpgroups, kManyStages = 3 * kWarpgroups, kGoodStages = 2 * kWarpgroups;
 constexpr int kMaxSharedBytes = 227 * 1024;
-constexpr int kScratchWords = 2 * kListedKeys;
 constexpr int kPooledBlocks = 64;  // at a time, where a segment has no more
 constexpr int kMoreKept = 512;  // keys besides the k best that a single row keeps after a round: no exact cut is needed
+constexpr int kScratchWords = 2 * (kListedKeys + kMoreKept);
 
 using Selection = RowSelection<kThreads>;
 using Router = DecodeRouter<kThreads>;
@@ -83,7 +83,7 @@ __device__ __forceinline__ Room room_of(const SelectArguments& args, const Chunk
   room.best_kept = (args.k + 3) / 4 * 4;
   room.most_kept = room.best_kept + (rows == 1 ? kMoreKept : 0);
   const bool fits = chunk.pages * kPageTokens <= args.pool_words / rows / kPageTokens * kPageTokens;
-  const int next_words = fits || 2 * room.best_kept <= kScratchWords ? 0 : 2 * room.best_kept;
+  const int next_words = fits || 2 * room.most_kept <= kScratchWords ? 0 : 2 * room.most_kept;
   room.next = next_words == 0 ? -kScratchWords : args.pool_words - next_words;  // the scratch precedes the pool
   room.row_words = chunk.is_short ? chunk.pages * kPageTokens
                                   : (args.pool_words - next_words) / rows / kPageTokens * kPageTokens;
@@ -131,15 +131,18 @@ __device__ __forceinline__ int find_items(
 __device__ __forceinline__ int choose_chunk_pages(const Item* items, Plan& plan) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = plan.items;
   const int ctas = static_cast<int>(gridDim.x);
-  int total = 0, most = 0;
+  int total = 0, most = 0, fewest = INT32_MAX;
   for (int i = lane; i < count; i += 32) {
     total += items[i].pages;
     most = max(most, items[i].pages);
+    fewest = min(fewest, items[i].pages);
   }
   total = __reduce_add_sync(~0u, total);
   most = __reduce_max_sync(~0u, most);
+  fewest = __reduce_min_sync(~0u, fewest);
   int low = max(ceil_div(total, ctas), kFewestPages);
   if (count > ctas) return low;
+  if (fewest == most) return max(low, ceil_div(most, ctas / max(count, 1)));
   int high = max(most, low);  // does; below `low` nothing does
   constexpr int kWarps = kThreads / 32, kRounds = 2;
   for (int round = 0; round < kRounds && low < high; ++round) {
@@ -174,7 +177,8 @@ __device__ __forceinline__ void find_chunks(
       if (lane >= offset) inclusive += other;
     }
     const int first = before + inclusive - ranks;
-    const int rank = ((cta - first) % ctas + ctas) % ctas;
+    const int start = first < ctas ? first : first % ctas;
+    const int rank = cta - start + (cta < start ? ctas : 0);
     const uint32_t split = __ballot_sync(~0u, ranks > 1);
     if (rank < ranks) {
       const int first_page = rank * item.pages / ranks, keys = item.pages * kPageTokens;
@@ -288,14 +292,23 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
   const auto make_selection = [&](int zero) {
     return Selection(args.exchange, (&fixed.selection)[zero], reinterpret_cast<uint64_t*>(scratch + zero), pool + zero);
   };
+  bool prepares = false;
+#pragma unroll 1
   for (int number = 0; number < plan.chunks; ++number) {
-    Selection selection = make_selection(0);
     const Chunk& chunk = chunks[number];
-    if (chunk.ranks > 1 && chunk.rank == 0) {
-      const int keys = chunk.item_pages * kPageTokens;
-      selection.prepare(
-          chunk.slot, chunk.rows, chunk.first_chunk, chunk.ranks, chunk.is_short ? keys : 0,
-          kRoutes ? Router::partial_words(keys) : 0);
+    if (chunk.ranks == 1 || chunk.rank > 0) continue;
+    const int keys = chunk.item_pages * kPageTokens;
+    make_selection(0).prepare(
+        chunk.slot, chunk.rows, chunk.first_chunk, chunk.ranks, chunk.is_short ? keys : 0,
+        kRoutes ? Router::partial_words(keys) : 0);
+    prepares = true;
+  }
+  if (prepares) {
+    __syncthreads();
+#pragma unroll 1
+    for (int number = 0; number < plan.chunks; ++number) {
+      const Chunk& chunk = chunks[number];
+      if (chunk.ranks > 1 && chunk.rank == 0) make_selection(0).publish_prepared(chunk.slot, chunk.rows);
     }
   }
   const int key_of_thread = thread / 32 * 16 + thread % 32 / 4;
@@ -303,16 +316,16 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
   for (int number = 0; number < plan.chunks; ++number) {
     const Chunk& chunk = chunks[number];  // not a copy: registers are short
     const auto rows = [&] { return Layout::kRows == 1 ? 1 : chunk.rows; };
+    const auto start_loads = [&] {  // after the first means, as they are needed first
+      if (number == 0) for_first_pages([&](int page) { load_page(page, fixed.first_ids[page]); });
+    };
     const auto await = [&] {
-      if (kRoutes && number == 0) {  // after the first means, as they are needed first
-        for_first_pages([&](int page) { load_page(page, fixed.first_ids[page]); });
-      }
       if (chunk.ranks > 1) make_selection(0).await_prepared(chunk.slot, rows());
     };
     if constexpr (kRoutes) {
       Router router(
           args.route, args.cache, args.rows, args.queries, args.exchange, reinterpret_cast<char*>(scratch));
-      router.route(chunk, fixed.routed_heads, kHeads, await);
+      router.route(chunk, fixed.routed_heads, kHeads, start_loads, await);
       __syncthreads();
     } else {
       await();
@@ -332,8 +345,14 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     int page = chunk.begin + (warpgroup - chunk.begin & (kWarpgroups - 1));
     int stage = page % stages;
     uint32_t parity = page / stages & 1;
-    // of the page that gets the stage which is read next: fetched one page earlier than it is needed
-    int refill_id = thread == 0 && page + stages < plan.pages ? id_of(page + stages, &chunk) : 0;
+    // the warpgroup's first warp holds the ids of the pages that get its stages next, a lane each
+    const int first_refill = page + stages;
+    int refills = 0;
+    const auto load_ids = [&](int from) {
+      const int refill = first_refill + kWarpgroups * (from + thread);
+      return refill < plan.pages ? id_of(refill, &chunk) : 0;
+    };
+    int refill_ids = thread < 32 ? load_ids(0) : 0;
     store_query<kHeads>(fixed.query, queries(), rows());
     const bool has_result = Layout::has_result(rows());
     const int pages_before = chunk.first_page - chunk.begin;  // of the row, before the CTA's page 0
@@ -342,13 +361,14 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
 
     const bool counts = rows() == 1;
     if (threadIdx.x == 0) fixed.room = room_of(args, chunk, rows());
+    if (threadIdx.x < Layout::kRows) fixed.parts[threadIdx.x].floor = 1;
     const Room& room = fixed.room;
     const auto positions_of = [&](int row) { return pool + row * room.row_words; };
     const auto keys_of = [&](int row) { return pool + row * room.row_words + room.kept_words; };
     if (counts) selection.clear();
     __syncthreads();
     const auto next_keys = [&] { return pool + room.next; };
-    const auto next_positions = [&] { return pool + room.next + room.best_kept; };
+    const auto next_positions = [&] { return pool + room.next + room.most_kept; };
     uint32_t* my_keys = keys_of(row_of_lane);
 
     const auto end = [&] { return chunk.begin + chunk.pages; };
@@ -357,19 +377,24 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       const int round_last = min(end(), round_first + (room.capacity - held) / kPageTokens);
       float gate[Layout::kHeadsPerLane];  // anew in every round, as a selection needs the registers
       load_gates<kHeads>(gate, queries(), rows());
+      const uint64_t tiles = ptx::swizzled_descriptor(key_tiles), operand = ptx::swizzled_descriptor(fixed.query);
+      const uint32_t floor = fixed.parts[0].floor;
+      uint32_t* new_keys = my_keys + held - round_first * kPageTokens + key_of_thread;
       for (; page < round_last; page += kWarpgroups) {
         const auto* scales = reinterpret_cast<const float*>(fixed.scale_tiles[stage]);
         float d[Layout::kColumns / 2];
         ptx::mbarrier_wait(&full[stage], parity);
-        start_tile<kHeads>(d, key_tiles + stage * kKeyTileBytes, fixed.query);
+        start_tile<kHeads>(d, ptx::descriptor_after(tiles, stage * (kKeyTileBytes / 16)), operand);
         const float scale[2] = {scales[key_of_thread], scales[key_of_thread + 8]};
         ptx::wgmma_wait<0>();
         ptx::pin_registers(d);
         sync_warpgroup(warpgroup);
-        const int refill = page + stages;
-        if (thread == 0 && refill < plan.pages) {
-          load_page(stage, refill_id);
-          if (refill + kWarpgroups < plan.pages) refill_id = id_of(refill + kWarpgroups, &chunk);
+        if (thread < 32 && page + stages < plan.pages) {
+          const int id = __shfl_sync(~0u, refill_ids, refills % 32);
+          if (thread == 0) load_page(stage, id);
+          if (++refills % 16 == 0 && (thread & 16) == (refills - 1 & 16)) {  // the half that has been used
+            refill_ids = load_ids((refills - 1 & ~31) + 32);
+          }
         }
         stage += kWarpgroups;
         if (stage >= stages) {
@@ -382,10 +407,11 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         if (has_result) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int offset = key_of_thread + 8 * half;
-            const uint32_t key = page * kPageTokens + offset < visible ? order_key(sum[half] * scale[half]) : 0;
-            my_keys[held + (page - round_first) * kPageTokens + offset] = key;
-            if (counts) selection.count(key);
+            const int place = page * kPageTokens + 8 * half;
+            uint32_t key = order_key(sum[half] * scale[half]);
+            key = place + key_of_thread < visible ? key : 0;
+            new_keys[place] = key;
+            if (counts) selection.count(key, floor);
           }
         }
       }
@@ -412,7 +438,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       const bool is_last = round_last == end();
       const int next_position = first_position + filled - held;  // what no key has, and none is behind it
       if (!is_last && counts && args.drops_low) {
-        const int kept = selection.drop_low(fixed.parts[0], k, room.most_kept);
+        const int kept = selection.drop_low(fixed.parts[0], k, room.most_kept, next_keys(), next_positions());
         if (kept <= room.most_kept) {
           for (int i = kept + threadIdx.x; i < room.most_kept; i += kThreads) {
             keys_of(0)[i] = 0;
@@ -550,9 +576,9 @@ void launch(SelectArguments args, int requests, int max_visible, cudaStream_t st
   // room for the kept keys of a chunk's rows, and for a fair number of new ones
   constexpr int kFewestNewKeys = 32 * kPageTokens;
   const int best_kept = (args.k + 3) / 4 * 4;
-  const int next_words = 2 * best_kept <= kScratchWords ? 0 : 2 * best_kept;
   const auto can_hold = [&](int stages, int rows) {
     const int most_kept = best_kept + (rows == 1 ? kMoreKept : 0);
+    const int next_words = 2 * most_kept <= kScratchWords ? 0 : 2 * most_kept;
     return (pool_with(stages) - next_words) / rows / kPageTokens * kPageTokens >= 2 * most_kept + kFewestNewKeys;
   };
   // As many stages as cover the latency of memory, unless with fewer the keys fit at once. More cover a wait, too.

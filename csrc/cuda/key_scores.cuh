@@ -80,18 +80,24 @@ __device__ __forceinline__ void load_gates(
   }
 }
 
-/// A warpgroup starts the product of a tile of 64 keys (1024-byte aligned, 128-byte swizzle) and the query operand.
+/// A warpgroup starts the product of a tile of 64 keys (1024-byte aligned, 128-byte swizzle) and the query operand,
+/// which are given by descriptors.
 template <int kHeads>
-__device__ __forceinline__ void start_tile(
-    float (&d)[HeadLayout<kHeads>::kColumns / 2], const char* keys, const char* operand) {
-  const uint64_t a = ptx::swizzled_descriptor(keys), b = ptx::swizzled_descriptor(operand);
+__device__ __forceinline__ void start_tile(float (&d)[HeadLayout<kHeads>::kColumns / 2], uint64_t keys, uint64_t operand) {
   ptx::pin_registers(d);
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 32; ++step) {
-    ptx::wgmma_m64k32<HeadLayout<kHeads>::kColumns>(d, a + 2 * step, b + 2 * step, step > 0);
+    ptx::wgmma_m64k32<HeadLayout<kHeads>::kColumns>(
+        d, ptx::descriptor_after(keys, 2 * step), ptx::descriptor_after(operand, 2 * step), step > 0);
   }
   ptx::wgmma_commit();
+}
+
+template <int kHeads>
+__device__ __forceinline__ void start_tile(
+    float (&d)[HeadLayout<kHeads>::kColumns / 2], const char* keys, const char* operand) {
+  start_tile<kHeads>(d, ptx::swizzled_descriptor(keys), ptx::swizzled_descriptor(operand));
 }
 
 /// Head sums of the two keys of this thread (rows lane / 4 and lane / 4 + 8 of its warp's 16), in the lanes for which

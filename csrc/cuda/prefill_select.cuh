@@ -640,8 +640,8 @@ __device__ __forceinline__ void start_half(float (&dots)[64], int group, int sta
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kHeadDim / 32; ++k) {
-    ptx::wgmma_m64k32<kHalfColumns>(dots, ptx::advance_descriptor(keys, k * 32), ptx::advance_descriptor(queries, k * 32),
-                                    k != 0);
+    ptx::wgmma_m64k32<kHalfColumns>(
+        dots, ptx::descriptor_after(keys, k * 2), ptx::descriptor_after(queries, k * 2), k != 0);
   }
   ptx::wgmma_commit();
 }

@@ -20,6 +20,7 @@ namespace misa {
 
 constexpr int kRowsPerItem = 4;  // rows of one request that are scored together, at most
 constexpr int kListedKeys = 2048;
+constexpr int kRankedKeys = 256;  // are ranked against each other, more are searched by digits
 constexpr int kDigits = 1 << 11;
 constexpr int kMaxLevels = 4;  // histograms until a range is a single key: the first, and 30 bits by 11 each
 
@@ -124,6 +125,7 @@ struct RowPart {
   // of a row with several ranks
   int slot, first_chunk, rank, ranks, row_in_item;
   int level;  // waits so far
+  uint32_t floor;  // of the keys that are counted: no smaller one is among the k best
   bool active, is_narrow;
   KeyRange range;
   uint32_t above_of_warp[32];
@@ -158,9 +160,9 @@ class RowSelection {
   /// Before the first `count`; a block barrier must follow.
   __device__ void clear() { digits_.clear(); }
 
-  /// Counts a key by its first digit.
-  __device__ void count(uint32_t key) {
-    if (key != 0) atomicAdd(&shared_.digits.counts[first_digit(key)], 1u);
+  /// Counts a key by its first digit, if it is not below `floor`.
+  __device__ void count(uint32_t key, uint32_t floor = 1) {
+    if (key >= floor) atomicAdd(&shared_.digits.counts[first_digit(key)], 1u);
   }
 
   /// Counts all keys of a part.
@@ -177,51 +179,58 @@ class RowSelection {
     }
   }
 
-  /// Drops, in place and in order, keys of a part that cannot be among its k best; its keys must have been counted, and
-  /// the counts are those of the kept keys afterwards. Returns how many those are, at least min(k, all): if that were
-  /// more than `room`, nothing is changed and the return value is larger than `room`. A block barrier must precede and
-  /// follow. There is room for `room` positions.
-  __device__ int drop_low(const RowPart& part, uint32_t k, int room) {
+  /// Drops, in order, keys of a part that cannot be among its k best; its keys must have been counted, and the counts
+  /// are those of the kept keys afterwards, which are at least part.floor. Returns how many they are, at least
+  /// min(k, all): if that were more than `room`, nothing is changed and the return value is larger than `room`. Keys and
+  /// positions are gathered in two places of the pool with `room` words each. Block barriers must precede and follow.
+  __device__ int drop_low(RowPart& part, uint32_t k, int room, uint32_t* kept_keys, uint32_t* kept_positions) {
     digits_.walk(shared_.digits.counts, k);
-    uint32_t low = 1, kept = shared_.digits.total;
+    uint32_t low = part.floor, kept = shared_.digits.total;
     if (kept > k) {
       const int digit = static_cast<int>(shared_.digits.digit);
       kept = shared_.digits.above + shared_.digits.inside;
       if (kept > static_cast<uint32_t>(room)) return static_cast<int>(kept);
-      low = KeyRange::of_first_digit(digit).low;
+      low = max(low, KeyRange::of_first_digit(digit).low);
       for (int i = threadIdx.x; i < digit; i += kThreads) shared_.digits.counts[i] = 0;
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint32_t placed = 0;
+    const int first = first_of_warp(part.count), last = last_of_warp(part.count);
+    uint32_t mine = 0;
+#pragma unroll 4
+    for (int i = first + 4 * lane; i < last; i += 128) {
+      const uint4 four = four_keys(part, i);
+      mine += (four.x >= low) + (four.y >= low) + (four.z >= low) + (four.w >= low);
+    }
+    mine = __reduce_add_sync(~0u, mine);
+    if (lane == 0) shared_.digits.warp_sums[0][warp] = mine;
+    __syncthreads();
+    const uint32_t lower_lanes = (1u << lane) - 1;
+    uint32_t before = __reduce_add_sync(~0u, lane < warp ? shared_.digits.warp_sums[0][lane] : 0);
 #pragma unroll 1
-    for (int base = 0; base < part.count; base += 4 * kThreads) {
-      const int i = base + 4 * static_cast<int>(threadIdx.x);
-      const uint4 four = i < part.count ? four_keys(part, i) : uint4{0, 0, 0, 0};
-      const uint32_t key[4] = {four.x, four.y, four.z, four.w};
-      uint32_t place_of[4], mine = 0;
+    for (int base = first; base < last; base += 128) {
+      const int i = base + 4 * lane;
+      const uint4 four = i < last ? four_keys(part, i) : uint4{0, 0, 0, 0};
+      const uint32_t keys[4] = {four.x, four.y, four.z, four.w};
+      if (!__any_sync(~0u, max(max(four.x, four.y), max(four.z, four.w)) >= low)) continue;
+      uint32_t place = before, mine = 0;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        place_of[j] = key[j] >= low ? position(part, i + j) : 0;
-        mine += key[j] >= low;
+        const uint32_t lanes = __ballot_sync(~0u, keys[j] >= low);
+        place += __popc(lanes & lower_lanes);
+        before += __popc(lanes);
+        mine |= static_cast<uint32_t>(keys[j] >= low) << j;
       }
-      uint32_t inclusive = mine;
-#pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, inclusive, offset);
-        if (lane >= offset) inclusive += other;
-      }
-      if (lane == 31) shared_.digits.warp_sums[0][warp] = inclusive;
-      __syncthreads();  // and all keys up to the end of this turn have been read
-      const uint32_t sum = lane < kWarps ? shared_.digits.warp_sums[0][lane] : 0;
-      uint32_t place = placed + __reduce_add_sync(~0u, lane < warp ? sum : 0) + inclusive - mine;
-      placed += __reduce_add_sync(~0u, sum);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (key[j] < low) continue;
-        pool_[part.keys + place] = key[j];
-        pool_[part.positions + place++] = place_of[j];
-      }
-      __syncthreads();
+      for_bits(mine, [&](int j) {
+        kept_keys[place] = key(part, i + j);
+        kept_positions[place++] = position(part, i + j);
+      });
+    }
+    if (threadIdx.x == 0) part.floor = low;  // read by all before the barrier above
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < static_cast<int>(kept); i += kThreads) {
+      pool_[part.keys + i] = kept_keys[i];
+      pool_[part.positions + i] = kept_positions[i];
     }
     return static_cast<int>(kept);
   }
@@ -234,12 +243,12 @@ class RowSelection {
     __syncthreads();
     digits_.walk(shared_.digits.counts, k);
     const uint32_t total = shared_.digits.total;
-    KeyRange range = {1, 0, 0, 0};  // no range: all keys are above it
+    KeyRange range = {part.floor, part.floor - 1, 0, 0};  // no range: all that are counted are above it
     if (total > k) {
       range = KeyRange::of_first_digit(shared_.digits.digit);
       range.need = k - shared_.digits.above;
       range.inside = shared_.digits.inside;
-      while (!range.is_narrow()) {
+      while (__builtin_expect(!range.is_narrow(), false)) {
         count_range(part, range);
         __syncthreads();
         digits_.walk(shared_.digits.counts, range.need);
@@ -252,15 +261,14 @@ class RowSelection {
     return static_cast<int>(min(total, k));
   }
 
-  /// Rank 0 makes `rows` slots from `slot` on ready for the exchange of a row's histograms and lists or of its `keys`,
-  /// and of `partials` words. One warp works, the others need not wait for it.
+  /// Rank 0 clears `rows` slots from `slot` on for the exchange of a row's histograms and lists or of its `keys`, and of
+  /// `partials` words. A block barrier and `publish_prepared` must follow.
   __device__ void prepare(int slot, int rows, int first_chunk, int ranks, int keys, int partials) {
-    if (threadIdx.x / 32 != kWarps - 1) return;
-    const int lane = threadIdx.x % 32;
     const auto clear = [&](void* words, int bytes) {
 #pragma unroll 1
-      for (int i = lane; i < bytes / 16; i += 32) static_cast<uint4*>(words)[i] = {0, 0, 0, 0};
+      for (int i = threadIdx.x; i < bytes / 16; i += kThreads) static_cast<uint4*>(words)[i] = {0, 0, 0, 0};
     };
+#pragma unroll 1
     for (int row = slot; row < slot + rows; ++row) {
       RowShared& shared = exchange_.rows[row];
       RowBuffers& buffers = exchange_.buffers[row];
@@ -274,9 +282,12 @@ class RowSelection {
       clear(exchange_.partials + static_cast<int64_t>(row) * exchange_.partial_words, partials * sizeof(uint32_t));
     }
     if (keys == 0) clear(exchange_.counts[first_chunk], ranks * sizeof(exchange_.counts[0]));
-    __threadfence();
-    __syncwarp();
-    if (lane < rows) ptx::store_release(&exchange_.rows[slot + lane].signature, exchange_.signature);
+  }
+
+  /// The last warp tells the other ranks; it waits for the stores of the block, the others do not wait for it.
+  __device__ void publish_prepared(int slot, int rows) {
+    const int lane = static_cast<int>(threadIdx.x) - (kThreads - 32);
+    if (lane >= 0 && lane < rows) ptx::store_release(&exchange_.rows[slot + lane].signature, exchange_.signature);
   }
 
   /// Before a rank's first access to what `prepare` makes ready; a block barrier must follow.
@@ -284,7 +295,6 @@ class RowSelection {
     if (threadIdx.x >= rows) return;
     while (ptx::load_acquire(&exchange_.rows[slot + threadIdx.x].signature) != exchange_.signature) {
     }
-    __threadfence();
   }
 
   /// Gives a short row's other ranks the keys of this part, which are those of the row from `first` on.
@@ -371,19 +381,15 @@ class RowSelection {
     wait(part, level);
     if (threadIdx.x == 0) shared_.listed = 0;  // not earlier: of the row before, others may still write the list
     const auto* totals = reinterpret_cast<const uint4*>(counts_of(part, level));
-    for (int i = threadIdx.x; i < kDigits / 4; i += kThreads) {
-      reinterpret_cast<uint4*>(shared_.digits.totals)[i] = __ldcg(totals + i);
-    }
     KeyRange range = part.range;
-    __syncthreads();
-    digits_.walk(shared_.digits.totals, range.need);
+    digits_.walk_loaded([&](int bin) { return __ldcg(totals + bin / 4); }, range.need);
     range = narrowed(range, level == 0);
     if (threadIdx.x == 0) {
       part.range = range;
       part.level = level + 1;
       part.is_narrow = range.is_narrow();
     }
-    if (range.is_narrow()) {
+    if (__builtin_expect(range.is_narrow(), true)) {
       publish_list(part, range, is_counted);
       return;
     }
@@ -400,6 +406,13 @@ class RowSelection {
   Digits digits_;
   uint64_t* list_;
   uint32_t* pool_;
+
+  /// Calls visit(j) for the bits that are set, ascending: a loop, as instructions that run once cost their fetching.
+  template <typename Visit>
+  __device__ static void for_bits(uint32_t bits, Visit visit) {
+#pragma unroll 1
+    for (; bits != 0; bits &= bits - 1) visit(__ffs(static_cast<int>(bits)) - 1);
+  }
 
   /// Warps take equal parts of the indices, each lane 4 at a time.
   __device__ static int warp_share(int count) { return (count + 128 * kWarps - 1) / (128 * kWarps) * 128; }
@@ -431,21 +444,44 @@ class RowSelection {
     const int lane = threadIdx.x % 32, last = last_of_warp(part.count);
     const bool lists = !range.is_tied();
     uint32_t above = 0;
-#pragma unroll 2
+#pragma unroll 1
     for (int i = first_of_warp(part.count) + 4 * lane; i < last; i += 128) {
       const uint4 four = four_keys(part, i);
       const uint32_t keys[4] = {four.x, four.y, four.z, four.w};
+      uint32_t inside = 0;  // a bit for each
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         above += keys[j] > range.high;
-        if (lists && range.holds(keys[j])) {
-          list_[atomicAdd(&shared_.listed, 1u)] =
-              static_cast<uint64_t>(keys[j]) << 32 | (0xFFFFFFFFu - position(part, i + j));
-        }
+        inside |= static_cast<uint32_t>(range.holds(keys[j])) << j;
       }
+      if (!lists) continue;
+      for_bits(inside, [&](int j) {
+        list_[atomicAdd(&shared_.listed, 1u)] =
+            static_cast<uint64_t>(key(part, i + j)) << 32 | (0xFFFFFFFFu - position(part, i + j));
+      });
     }
     above = __reduce_add_sync(~0u, above);
     if (lane == 0) part.above_of_warp[threadIdx.x / 32] = above;
+  }
+
+  /// The `need`-th largest of few listed values, each of which is compared with all. A block barrier must follow.
+  __device__ uint64_t cut_of_few(int listed, uint32_t need) {
+    constexpr int kParts = 4;
+    auto& cut = *reinterpret_cast<uint64_t*>(shared_.digits.totals);
+    const int part = threadIdx.x % kParts;
+#pragma unroll 1
+    for (int first = 0; first < listed; first += kThreads / kParts) {
+      const int i = first + static_cast<int>(threadIdx.x) / kParts;
+      const uint64_t own = i < listed ? list_[i] : 0;
+      uint32_t larger = 0;
+#pragma unroll 4
+      for (int j = part; j < listed; j += kParts) larger += list_[j] > own;
+#pragma unroll
+      for (int offset = 1; offset < kParts; offset *= 2) larger += __shfl_xor_sync(~0u, larger, offset);
+      if (part == 0 && i < listed && larger == need - 1) cut = own;
+    }
+    __syncthreads();
+    return cut;
   }
 
   /// Writes what is selected of a part whose range has been listed. `earlier_above`, `earlier_inside`: the earlier
@@ -453,7 +489,7 @@ class RowSelection {
   template <typename Take>
   __device__ void finish(
       const RowPart& part, const KeyRange& range, uint32_t earlier_above, uint32_t earlier_inside, Take take) {
-    if (range.is_tied()) {  // more equal keys than a list holds: the first in order of position are selected
+    if (__builtin_expect(range.is_tied(), false)) {  // more equal keys than a list holds: the first in order of position are selected
       const auto above = [&](int i) { return key(part, i) > range.high; };
       const auto inside = [&](int i) { return range.holds(key(part, i)); };
       const auto before = digits_.tally(part.count, above, inside);
@@ -463,7 +499,9 @@ class RowSelection {
     }
     const int listed = static_cast<int>(range.inside);
     uint64_t cut = static_cast<uint64_t>(range.low) << 32;
-    if (range.inside != range.need) {
+    if (listed <= kRankedKeys) {
+      if (range.inside != range.need) cut = cut_of_few(listed, range.need);
+    } else if (range.inside != range.need) {
       using DigitsShared = typename Digits::Shared;
       static_assert(sizeof(SelectScratch) <= sizeof(DigitsShared::counts) + sizeof(DigitsShared::totals));
       auto& scratch = *reinterpret_cast<SelectScratch*>(shared_.digits.counts);
@@ -491,18 +529,17 @@ class RowSelection {
       const int i = base + 4 * lane;
       const uint4 four = i < last ? four_keys(part, i) : uint4{0, 0, 0, 0};
       const uint32_t keys[4] = {four.x, four.y, four.z, four.w};
-      uint32_t lanes[4], place = before;
+      uint32_t place = before, mine = 0;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const bool selected = keys[j] > cut_key || (keys[j] == cut_key && position(part, i + j) <= cut_position);
-        lanes[j] = __ballot_sync(~0u, selected);
-        place += __popc(lanes[j] & lower_lanes);
-        before += __popc(lanes[j]);
+        bool selected = keys[j] > cut_key;
+        if (__builtin_expect(keys[j] == cut_key, false)) selected = position(part, i + j) <= cut_position;
+        const uint32_t lanes = __ballot_sync(~0u, selected);
+        place += __popc(lanes & lower_lanes);
+        before += __popc(lanes);
+        mine |= static_cast<uint32_t>(selected) << j;
       }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (lanes[j] >> lane & 1) take(static_cast<int>(place++), i + j);
-      }
+      for_bits(mine, [&](int j) { take(static_cast<int>(place++), i + j); });
     }
   }
 
@@ -531,10 +568,7 @@ class RowSelection {
   /// Publishes all that the CTA wrote before.
   __device__ void arrive(const RowPart& part, int level) {
     __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      atomicAdd(&exchange_.rows[part.slot].arrived[level], 1u);
-    }
+    if (threadIdx.x == 0) ptx::add_one_release(&exchange_.rows[part.slot].arrived[level]);
   }
 
   __device__ void wait(const RowPart& part, int level) {
@@ -542,7 +576,6 @@ class RowSelection {
       const uint32_t* arrived = &exchange_.rows[part.slot].arrived[level];
       while (ptx::load_acquire(arrived) < static_cast<uint32_t>(part.ranks)) {
       }
-      __threadfence();
     }
     __syncthreads();
   }
@@ -557,7 +590,7 @@ class RowSelection {
     list_keys(part, range);
     __syncthreads();
     uint32_t above = 0, inside = shared_.listed;
-    if (range.is_tied()) {
+    if (__builtin_expect(range.is_tied(), false)) {
       const auto before = digits_.tally(
           part.count, [](int) { return false; }, [&](int i) { return range.holds(key(part, i)); });
       inside = before.all_inside;

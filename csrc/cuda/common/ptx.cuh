@@ -182,6 +182,11 @@ __device__ __forceinline__ void store_release(uint64_t* pointer, uint64_t value)
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
 }
 
+// Adds 1, and publishes as a released store does.
+__device__ __forceinline__ void add_one_release(uint32_t* pointer) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(pointer) : "memory");
+}
+
 __device__ __forceinline__ void prefetch_l2(const void* pointer) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
@@ -268,9 +273,9 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(const void* base) {
   return kSwizzle128 | kStrideOfEightRows | kUnusedLeadingOffset | ((smem_address(base) & 0x3FFFFull) >> 4);
 }
 
-// The descriptor of what lies `bytes`, a multiple of 16, behind: only its lower word differs.
-__device__ __forceinline__ uint64_t advance_descriptor(uint64_t descriptor, uint32_t bytes) {
-  return (descriptor & ~0xFFFFFFFFull) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+// The descriptor of what lies 16 * `chunks` bytes further: addresses never carry out of the low word.
+__device__ __forceinline__ uint64_t descriptor_after(uint64_t descriptor, uint32_t chunks) {
+  return (descriptor & 0xFFFFFFFF00000000ull) | (static_cast<uint32_t>(descriptor) + chunks);
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

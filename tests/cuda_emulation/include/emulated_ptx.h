@@ -47,6 +47,10 @@ inline void store_release(uint64_t* pointer, uint64_t value) {
   emulator::maybe_switch();
   *pointer = value;
 }
+inline void add_one_release(uint32_t* pointer) {
+  emulator::maybe_switch();
+  ++*pointer;
+}
 inline void prefetch_l2(const void*) {}
 template <typename T>
 T load_relaxed(const T* pointer) {
@@ -83,7 +87,7 @@ inline void let_next_kernel_start() { emulator::let_next_kernel_start(); }
 
 /// Here an address; 16 bytes are one, as in the hardware's descriptors.
 inline uint64_t swizzled_descriptor(const void* base) { return reinterpret_cast<uint64_t>(base) >> 4; }
-inline uint64_t advance_descriptor(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+inline uint64_t descriptor_after(uint64_t descriptor, uint32_t chunks) { return descriptor + chunks; }
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulator::wgmma_commit(); }
 template <int kPending>
