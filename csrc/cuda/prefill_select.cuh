@@ -137,7 +137,7 @@ struct Shared {
   uint32_t next_place[T::kQueries];
   uint32_t list_end[T::kQueries];
   int32_t limit[T::kQueries];
-  alignas(16) float gates[kGroups][4][64];  // halved
+  alignas(16) float gates[kGroups][4][64];
   // Two queues of each thread, filled in turn, of (score bits, query << kPositionBits | position). Those of a warp
   // change hands together. Selections use the place when nothing is collected.
   union {
@@ -429,7 +429,7 @@ __device__ __forceinline__ void load_queries(const Params& p, int group, int thr
   for (int i = 0; i < 2; ++i) {
     int gate_row;
     const int head = source_of(thread + i * kGroupThreads, gate_row);
-    gate[i] = head < 0 ? 0.0f : 0.5f * p.gates[gate_row * p.gates_row_stride + head];
+    gate[i] = head < 0 ? 0.0f : p.gates[gate_row * p.gates_row_stride + head];
   }
 #pragma unroll
   for (int i = 0; i < kOwnColumns; ++i) {
@@ -589,9 +589,7 @@ struct Summation {
           for (int r = 0; r < 2; ++r) {
             const int own = (checked + i) * kHalfHeads + head;
             const float gate = gates[kHalf * 32 + own];
-            // max(dot, 0) twice over, exactly: additions run at twice the rate of max, and gates are halved
-            const float dot = dots[own / 2 * 4 + 2 * r + own % 2];
-            const float positive = dot + fabsf(dot);
+            const float positive = fmaxf(dots[own / 2 * 4 + 2 * r + own % 2], 0.0f);
             if (head == 0) {
               score[r] = kHalfHeads != kHeads && kHalf == 1 ? fmaf(gate, positive, carried[r]) : gate * positive;
             } else {
