@@ -110,7 +110,7 @@ struct FinalShared {
 template <int kBlockThreads>
 __global__ __launch_bounds__(kBlockThreads, kBlockThreads == kFinalThreads ? 3 : 1)
 void final_kernel(const __grid_constant__ Params p) {
-  extern __shared__ __align__(16) uint2 entries[];
+  extern __shared__ __align__(16) uint32_t entries[];
   __shared__ FinalShared sh;
   const int lane = threadIdx.x % 32;
   const int slot = blockIdx.x;
@@ -142,45 +142,57 @@ void final_kernel(const __grid_constant__ Params p) {
     if (threadIdx.x == 0) p.undecided[atomicAdd(p.undecided_count, 1u)] = row;
     return;
   }
-  uint32_t list_begin = count;
+
+  // A thread takes eight entries of one list at a time. In shared memory lists are multiples of as many; what fills them
+  // up is no entry.
+  constexpr uint32_t kNowhere = 0xFFFFFFFFu;  // past any window
+  uint32_t* const keys = entries;
+  uint32_t* const positions = entries + p.splits * capacity;
+  const uint32_t chunks = (count + 7) / 8;
+  uint32_t chunks_end = chunks;
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, list_begin, offset);
-    if (lane >= offset) list_begin += other;
+    const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, chunks_end, offset);
+    if (lane >= offset) chunks_end += other;
   }
-  list_begin -= count;
-
-  // Warps take 32 entries of a list at a time
-  const uint2* lists = p.lists + static_cast<int64_t>(slot) * p.splits * capacity;
-  uint32_t first = threadIdx.x / 32 * 32;
-  for (int split = 0; split < p.splits; ++split) {
-    const uint32_t size = __shfl_sync(0xFFFFFFFFu, count, split);
-    uint2* const to = entries + __shfl_sync(0xFFFFFFFFu, list_begin, split);
-    for (; first < size; first += kBlockThreads) {
-      const uint32_t own = first + lane;
-      if (own < size) ptx::cp_async<8>(to + own, lists + split * capacity + own);
-    }
-    first -= (size + 31) / 32 * 32;
-  }
-  ptx::cp_async_wait_all();
-  __syncthreads();
-
-  // The bin that the cut lies in: not far above a threshold, as the lists keep little more than the k best. An entry's
-  // score becomes its key.
+  const uint32_t all_chunks = __shfl_sync(0xFFFFFFFFu, chunks_end, 31), stored = 8 * all_chunks;
+  // The cut lies not far above a threshold, as the lists keep little more than the k best
   const ScoreBins bins = isfinite(threshold) ? ScoreBins::above(threshold) : ScoreBins::of_any_scores();
-#pragma unroll 2
-  for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
-    const uint32_t key = order_key(__uint_as_float(entries[i].x));
-    entries[i].x = key;
-    atomicAdd(&sh.scratch.bins[bins.of(key)], 1u);
+  __syncthreads();  // bins are empty
+  for (uint32_t first = 0; first < all_chunks; first += kBlockThreads) {
+    const uint32_t chunk = first + threadIdx.x;
+    uint32_t split = 0;
+    for (int other = 0; other < p.splits - 1; ++other) split += chunk >= __shfl_sync(0xFFFFFFFFu, chunks_end, other);
+    const uint32_t size = __shfl_sync(0xFFFFFFFFu, count, split);
+    const uint32_t in_list = (chunk - __shfl_sync(0xFFFFFFFFu, chunks_end - chunks, split)) * 8;
+    if (chunk >= all_chunks) break;
+    const int64_t place = static_cast<int64_t>(slot * p.splits + split) * capacity + in_list;
+    const auto* scores = reinterpret_cast<const uint4*>(p.list_scores + place);
+    const uint4 low = scores[0], high = scores[1];
+    const uint4 pairs = *reinterpret_cast<const uint4*>(p.list_positions + place);
+    uint32_t key[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    uint32_t position[8] = {pairs.x & 0xFFFF, pairs.x >> 16, pairs.y & 0xFFFF, pairs.y >> 16,
+                            pairs.z & 0xFFFF, pairs.z >> 16, pairs.w & 0xFFFF, pairs.w >> 16};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const bool exists = in_list + i < size;
+      key[i] = exists ? order_key(__uint_as_float(key[i])) : 0;
+      position[i] = exists ? p.in_splits.unpack(position[i], split) : kNowhere;
+      if (exists) atomicAdd(&sh.scratch.bins[bins.of(key[i])], 1u);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      *reinterpret_cast<uint4*>(keys + 8 * chunk + i) = make_uint4(key[i], key[i + 1], key[i + 2], key[i + 3]);
+      *reinterpret_cast<uint4*>(positions + 8 * chunk + i) =
+          make_uint4(position[i], position[i + 1], position[i + 2], position[i + 3]);
+    }
   }
   __syncthreads();
   choose_bin<kBlockThreads>(p.k, sh.scratch);
   const Cut start = cut_of_bin(bins, p.k, sh.scratch);
 
-  // A bit of each selected position. Past any window lies what stands for an entry that is not selected.
-  constexpr uint32_t kNowhere = 0xFFFFFFFFu;
-  auto value_of = [](const uint2& entry) { return (static_cast<uint64_t>(entry.x) << 32) | (0xFFFFFFFFu - entry.y); };
+  // A bit of each selected position; an entry that is not selected gets a position past any window
+  auto value_at = [&](uint32_t i) { return (static_cast<uint64_t>(keys[i]) << 32) | (0xFFFFFFFFu - positions[i]); };
   auto set_bit = [&](uint32_t at) {
     if (at < kWindow) atomicOr(&sh.words[at / 32], 1u << at % 32);
   };
@@ -188,17 +200,17 @@ void final_kernel(const __grid_constant__ Params p) {
     // Those of the bin are ranked among themselves; until then they wait where the bins were
     auto* const few = reinterpret_cast<uint64_t*>(sh.scratch.bins);
     uint32_t* const few_entries = sh.scratch.bins + 2 * kFewValues;
-    for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
-      const uint2 entry = entries[i];
-      const uint64_t value = value_of(entry), offset = value - start.low;
+#pragma unroll 2
+    for (uint32_t i = threadIdx.x; i < stored; i += kBlockThreads) {
+      const uint64_t value = value_at(i), offset = value - start.low;
       if (value < start.low) {
-        entries[i].y = kNowhere;
+        positions[i] = kNowhere;
       } else if (offset <= start.span) {
         const uint32_t place = atomicAdd(&sh.few_count, 1u);
         few[place] = value;
         few_entries[place] = i;
       } else {
-        set_bit(entry.y);
+        set_bit(position_of(value));
       }
     }
     __syncthreads();
@@ -210,7 +222,7 @@ void final_kernel(const __grid_constant__ Params p) {
       if (larger < start.need) {
         set_bit(position_of(own));
       } else {
-        entries[few_entries[threadIdx.x]].y = kNowhere;
+        positions[few_entries[threadIdx.x]] = kNowhere;
       }
     }
   } else {
@@ -219,15 +231,15 @@ void final_kernel(const __grid_constant__ Params p) {
         start,
         [&](auto&& visit) {
 #pragma unroll 2
-          for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) visit(value_of(entries[i]));
+          for (uint32_t i = threadIdx.x; i < stored; i += kBlockThreads) visit(value_at(i));
         },
         sh.scratch);
-    for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
-      const uint2 entry = entries[i];
-      if (value_of(entry) < cut) {
-        entries[i].y = kNowhere;
+    for (uint32_t i = threadIdx.x; i < stored; i += kBlockThreads) {
+      const uint64_t value = value_at(i);
+      if (value < cut) {
+        positions[i] = kNowhere;
       } else {
-        set_bit(entry.y);
+        set_bit(position_of(value));
       }
     }
   }
@@ -241,7 +253,7 @@ void final_kernel(const __grid_constant__ Params p) {
       __syncthreads();
       for (int i = threadIdx.x; i < kWindowWords; i += kBlockThreads) sh.words[i] = 0;
       __syncthreads();
-      for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) set_bit(entries[i].y - window);
+      for (uint32_t i = threadIdx.x; i < stored; i += kBlockThreads) set_bit(positions[i] - window);
     }
     __syncthreads();
     auto own_words = [&](int i) { return *reinterpret_cast<const uint4*>(&sh.words[threadIdx.x * kOwnWords + i]); };
@@ -264,18 +276,18 @@ void final_kernel(const __grid_constant__ Params p) {
     __syncthreads();
     // The selection takes the place of the entries' keys
 #pragma unroll 2
-    for (uint32_t i = threadIdx.x; i < total; i += kBlockThreads) {
-      const uint32_t position = entries[i].y, at = position - window;
+    for (uint32_t i = threadIdx.x; i < stored; i += kBlockThreads) {
+      const uint32_t position = positions[i], at = position - window;
       if (at < kWindow) {
         const uint32_t lower = sh.words[at / 32] & ((1u << at % 32) - 1);
-        entries[earlier + sh.bits_before[at / 32] + __popc(lower)].x = position;
+        keys[earlier + sh.bits_before[at / 32] + __popc(lower)] = position;
       }
     }
     earlier += all;
   }
   __syncthreads();
 #pragma unroll 2
-  for (int i = threadIdx.x; i < p.k; i += kBlockThreads) out[i] = static_cast<int32_t>(entries[i].x);
+  for (int i = threadIdx.x; i < p.k; i += kBlockThreads) out[i] = static_cast<int32_t>(keys[i]);
 }
 
 // Lists every scored row as undecided, for a k that lists are not kept for; the other rows are written.
@@ -299,8 +311,10 @@ __global__ __launch_bounds__(kFinalThreads) void undecided_kernel(const __grid_c
 // ---------------------------------------------------------------- plan: how a call is cut into launches
 
 // Bytes of lists, samples or dense scores; a single row's dense scores may need more. 2048 rows have room for the lists
-// of k = 2048, whatever they see
+// of k = 2048, as long as four blocks share a row's keys
 constexpr int64_t kRegionBytes = 60ll << 20;
+constexpr int64_t kEntryBytes = sizeof(uint32_t) + sizeof(uint16_t);  // of a list: a score and a position
+constexpr int64_t kMostOfSplit = 1 << 16;  // keys whose positions have 16 bits
 constexpr int kMinSamples = 1024;
 constexpr int kMaxSamples = 12288;
 // Samples aimed at among the k best: 64 make lists of 1.6 k entries; k / 32 cost 1 / 32 of the scoring
@@ -338,9 +352,9 @@ int64_t split_time(int64_t tiles, int64_t pages, int splits, int multiprocessors
   return ceil_div(tiles * splits, multiprocessors) * (ceil_div(pages, splits) + kItemOverheadPages);
 }
 
-int best_splits(int64_t tiles, int64_t pages, int multiprocessors) {
-  int best = 1;
-  for (int splits = 2; splits <= kMaxSplits; ++splits) {
+int best_splits(int64_t tiles, int64_t pages, int multiprocessors, int64_t least = 1) {
+  int best = static_cast<int>(std::min<int64_t>(least, kMaxSplits));
+  for (int splits = best + 1; splits <= kMaxSplits; ++splits) {
     if (split_time(tiles, pages, splits, multiprocessors) < split_time(tiles, pages, best, multiprocessors)) {
       best = splits;
     }
@@ -366,19 +380,20 @@ Plan make_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visible, int 
   for (int64_t tiles = std::min<int64_t>(all_tiles, kMaxLaunchRows / tile_rows); tiles >= 1; --tiles) {
     Plan plan{};
     plan.launch_rows = static_cast<int>(tiles * tile_rows);
-    plan.splits = best_splits(tiles, pages, multiprocessors);
+    plan.splits = best_splits(tiles, pages, multiprocessors, ceil_div(pages * kPageTokens, kMostOfSplit));
     const int64_t all_of_split = ceil_div(pages, plan.splits) * kPageTokens;
-    // the sampled rank varies, and so does what a split gets of the keys above it; ties are dropped by pages
+    // the sampled rank varies, and so does what a split gets of the keys above it
     const double share = kept / plan.splits;
     const double deviation = std::sqrt(share * share / rank + share);
-    const int64_t capacity = round_up(static_cast<int64_t>(share + kListMargin * deviation) + kPageTokens, 16);
+    const int64_t capacity = round_up(static_cast<int64_t>(share + kListMargin * deviation), 16);
     plan.num_samples = capacity < all_of_split ? static_cast<int>(samples) : 0;
     plan.list_capacity = static_cast<int>(std::min(capacity, all_of_split));
-    if (static_cast<int64_t>(plan.list_capacity) * plan.splits > kMostEntries || k > kMostSelected) {
+    if (static_cast<int64_t>(plan.list_capacity) * plan.splits > kMostEntries || k > kMostSelected ||
+        all_of_split > kMostOfSplit) {
       plan.list_capacity = plan.num_samples = 0;
     }
     const int64_t row_bytes = std::max<int64_t>(
-        static_cast<int64_t>(plan.list_capacity) * plan.splits * sizeof(uint2), plan.num_samples * sizeof(float));
+        static_cast<int64_t>(plan.list_capacity) * plan.splits * kEntryBytes, plan.num_samples * sizeof(float));
     if (row_bytes * plan.launch_rows > kRegionBytes) continue;
     const int64_t time = ceil_div(all_tiles, tiles) *
                          (split_time(tiles, pages, plan.splits, multiprocessors) + kLaunchOverheadPages);
@@ -399,6 +414,17 @@ Plan make_plan(int64_t rows, int64_t heads, int64_t k, int64_t max_visible, int 
     best = plan;
   }
   return best;
+}
+
+Splits splits_of(int splits) {
+  Splits made{0, static_cast<uint32_t>(splits), 0, 0};
+  while (made.odd % 2 == 0) {
+    made.odd /= 2;
+    ++made.shift;
+  }
+  made.reciprocal = ((1u << 16) + made.odd - 1) / made.odd;
+  while (1024 * made.inverse % made.odd != 1 % made.odd) ++made.inverse;
+  return made;
 }
 
 // Every layer of a step asks for the same plan, and making one takes longer than a launch.
@@ -466,7 +492,7 @@ constexpr cudaLaunchAttributeID kTogether = cudaLaunchAttributeCooperative;
 
 void launch_final(const Params& p, cudaStream_t stream) {
   const int entries = p.list_capacity * p.splits;
-  const size_t shared = entries * sizeof(uint2);
+  const size_t shared = entries * 2 * sizeof(uint32_t);
   if (entries <= kFewEntries) {
     launch(final_kernel<kFinalThreads>, p.num_rows, kFinalThreads, shared, stream, kOverlaps, p);
   } else {
@@ -584,8 +610,11 @@ void prefill_select(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
   p.undecided = reinterpret_cast<int32_t*>(base + layout.undecided);
   p.undecided_count = reinterpret_cast<uint32_t*>(p.undecided + kMaxLaunchRows);
   p.arrived = p.undecided_count + 1;
-  p.lists = reinterpret_cast<uint2*>(base);
+  p.list_scores = reinterpret_cast<uint32_t*>(base);
+  p.list_positions = reinterpret_cast<uint16_t*>(
+      p.list_scores + static_cast<int64_t>(plan.launch_rows) * plan.splits * plan.list_capacity);
   p.list_capacity = plan.list_capacity;
+  p.in_splits = splits_of(plan.splits);
   p.keep_all = plan.keep_all;
   p.samples = reinterpret_cast<float*>(base);
   p.num_samples = plan.num_samples;

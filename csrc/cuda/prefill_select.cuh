@@ -55,6 +55,28 @@ enum class Mode {
   kDense,    // all scores, for rows whose list cannot decide
 };
 
+// How the positions of a split's keys, which are every splits-th page, fit into 16 bits, so that they are cheap to write:
+// for splits = 2^shift * odd, bits 6 to 15 are those of page >> shift. Which multiple of 1024 is missing there follows
+// from the remainder of the page by `odd`, which the split tells, if there are fewer than 1024 * splits pages.
+struct Splits {
+  uint32_t shift, odd;
+  uint32_t reciprocal;  // 2^16 / odd, rounded up: exact for dividends below 2100
+  uint32_t inverse;     // of 1024, modulo odd
+
+  __device__ __forceinline__ uint32_t remainder(uint32_t value) const { return value - (value * reciprocal >> 16) * odd; }
+
+  __device__ __forceinline__ uint16_t pack(uint32_t position) const {
+    return static_cast<uint16_t>((position >> shift & ~(kPageTokens - 1u)) | position % kPageTokens);
+  }
+
+  __device__ __forceinline__ uint32_t unpack(uint32_t packed, uint32_t split) const {
+    const uint32_t low = packed / kPageTokens;
+    const uint32_t missing = remainder(((split >> shift) + odd - remainder(low)) * inverse);
+    const uint32_t page = (low + 1024 * missing) << shift | (split & ((1u << shift) - 1));
+    return page * kPageTokens + packed % kPageTokens;
+  }
+};
+
 struct Params {
   const uint8_t* q;  // [M, H, 128] e4m3; strides in bytes
   int64_t q_row_stride;
@@ -81,8 +103,10 @@ struct Params {
   float* threshold;    // [num_rows]
   int32_t* last_tie;   // [num_rows]: of keys that equal the threshold, those up to this sample's position are kept
   uint32_t* counts;    // [num_rows, splits]; more than list_capacity: the list overflowed
-  uint2* lists;        // [num_rows, splits, list_capacity] of (score bits, position)
-  int list_capacity;
+  uint32_t* list_scores;     // [num_rows, splits, list_capacity], bits of the scores
+  uint16_t* list_positions;  // of the same shape, see Splits
+  int list_capacity;         // a multiple of 16
+  Splits in_splits;
   int keep_all;        // rows with at most so many visible keys need no threshold
   float* samples;      // [num_rows, num_samples]
   int num_samples;     // a multiple of 64; 0: nothing is sampled
@@ -281,37 +305,37 @@ struct Queue {
 template <int kHeads>
 __device__ __forceinline__ bool empty_queues(const Params& p, int consumer_warp, int which, Shared<kHeads>& sh) {
   using T = Tile<kHeads>;
-  const int lane = threadIdx.x % 32, c = lane % 4;
+  const int lane = ptx::opaque(static_cast<int>(threadIdx.x)) % 32, c = lane % 4;
   const int thread = consumer_warp * 32 + lane;
   const uint32_t length = sh.queue_length[which][thread];
   const uint32_t longest = __reduce_max_sync(0xFFFFFFFFu, length);
   if (longest == kNoMoreQueues) return false;
   const int first = thread / kGroupThreads * T::kGroupQueries + c * T::kThreadQueries;
   const uint2* queue = &sh.queue[which][0][thread];
-  auto own_of = [&](const uint2& entry) { return first + (entry.y >> kPositionBits) % T::kThreadQueries; };
-  auto position_of = [](const uint2& entry) { return entry.y % (1u << kPositionBits); };
+  auto own_of = [&](uint32_t tag) { return first + (tag >> kPositionBits) % T::kThreadQueries; };
+  auto position_of = [](uint32_t tag) { return tag % (1u << kPositionBits); };
 #pragma unroll 1
   for (uint32_t begin = 0; begin < longest; begin += kMovedTogether) {
     // No branch between the loads: a queue's memory past its end holds anything, which names some row all the same
-    uint2 entry[kMovedTogether];
-    uint32_t place[kMovedTogether], taken = 0;
+    uint32_t tag[kMovedTogether], place[kMovedTogether], taken = 0;
 #pragma unroll
-    for (int i = 0; i < kMovedTogether; ++i) entry[i] = queue[(begin + i) * kConsumerThreads];
+    for (int i = 0; i < kMovedTogether; ++i) tag[i] = queue[(begin + i) * kConsumerThreads].y;
 #pragma unroll
     for (int i = 0; i < kMovedTogether; ++i) {
-      const bool seen = position_of(entry[i]) < static_cast<uint32_t>(sh.limit[own_of(entry[i])]);
+      const bool seen = position_of(tag[i]) < static_cast<uint32_t>(sh.limit[own_of(tag[i])]);
       taken |= static_cast<uint32_t>(seen & (begin + i < length)) << i;
     }
     // Atomics are never predicated: not to branch around each, lanes without an entry count in a word of their own
 #pragma unroll
     for (int i = 0; i < kMovedTogether; ++i) {
-      place[i] = atomicAdd((taken >> i & 1) != 0 ? &sh.next_place[own_of(entry[i])] : &sh.unused_count[lane], 1u);
+      place[i] = atomicAdd((taken >> i & 1) != 0 ? &sh.next_place[own_of(tag[i])] : &sh.unused_count[lane], 1u);
     }
+    // Scores are loaded late, for lack of registers
 #pragma unroll
     for (int i = 0; i < kMovedTogether; ++i) {
-      const bool fits = place[i] < sh.list_end[own_of(entry[i])];
-      ptx::store_if(fits & ((taken >> i & 1) != 0), p.lists + place[i],
-                    make_uint2(entry[i].x, position_of(entry[i])));
+      const bool stores = (place[i] < sh.list_end[own_of(tag[i])]) & ((taken >> i & 1) != 0);
+      ptx::store_if(stores, p.list_positions + place[i], p.in_splits.pack(position_of(tag[i])));
+      ptx::store_if(stores, p.list_scores + place[i], queue[(begin + i) * kConsumerThreads].x);
     }
   }
   return true;
@@ -325,7 +349,8 @@ __device__ __forceinline__ void empty_all_queues(const Params& p, Shared<kHeads>
     working = 0;
     bool idle = true;
 #pragma unroll 1
-    for (int warp = threadIdx.x / 32 - kWorkingThreads / 32; warp < kConsumerWarps; warp += kCollectorWarps) {
+    for (int warp = ptx::opaque(static_cast<int>(threadIdx.x)) / 32 - kWorkingThreads / 32; warp < kConsumerWarps;
+         warp += kCollectorWarps) {
       const uint32_t emptied = sh.queues_emptied[warp];
       if (emptied == kNoMoreQueues) continue;
       ++working;
@@ -524,6 +549,8 @@ __device__ __forceinline__ void produce_samples(const Params& p, int split, Ring
       if (++issued >= kInFlight) land();
       if (unit + p.splits < pages) look_up(unit + p.splits);
     }
+    // A page has landed once kInFlight - 1 groups follow its own: empty ones where there were no more pages
+    for (int group = issued; group < kInFlight - 1; ++group) ptx::cp_async_commit();
     for (int left = min(issued, kInFlight - 1); left > 0; --left) {
       ptx::cp_async_commit();
       land();

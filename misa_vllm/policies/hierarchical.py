@@ -26,15 +26,18 @@ class HierarchicalMISA(Policy):
         step.select(None, settings.topk, out, visible_to=self.route_from)
         if step.rows.max_visible < self.route_from:
             return
+        # once for all rows: the pooled keys are the same
+        heads = step.route(settings.active_heads, settings.pool_block)
         for start in range(0, len(step.rows), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
             self._select_part(
-                IndexerStep(step.q[part], step.gates[part], step.index_cache, step.rows[part], step.kernels), out[part]
+                IndexerStep(step.q[part], step.gates[part], step.index_cache, step.rows[part], step.kernels),
+                heads[part],
+                out[part],
             )
 
-    def _select_part(self, step: IndexerStep, out: torch.Tensor) -> None:
+    def _select_part(self, step: IndexerStep, heads: torch.Tensor, out: torch.Tensor) -> None:
         settings = self.settings
-        heads = step.route(settings.active_heads, settings.pool_block)
         candidates = torch.empty(len(step.rows), settings.candidates, dtype=torch.int32, device=out.device)
         step.select(heads, settings.candidates, candidates, visible_from=self.route_from)
         step.kernels.rerank_tokens(

@@ -125,7 +125,7 @@ def test_a_workspace_for_few_rows(tmp_path):
     if cuda_emulation.find_compiler() is None:
         pytest.skip("no C++ compiler on Linux")
     constants = {
-        "kRegionBytes = 60ll << 20;": "kRegionBytes = 1600ll << 10;",
+        "kRegionBytes = 60ll << 20;": "kRegionBytes = 1200ll << 10;",
         "kMaxLaunchRows = 4096;": "kMaxLaunchRows = 256;",
     }
     seen = []

@@ -135,12 +135,18 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 // ---------------------------------------------------------------- predicated stores
 
 // Stores to global memory if `stores`, without a branch.
-__device__ __forceinline__ void store_if(bool stores, uint2* to, const uint2& value) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
-      "@p st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(static_cast<uint32_t>(stores)),
-      "l"(to), "r"(value.x), "r"(value.y)
-      : "memory");
+__device__ __forceinline__ void store_if(bool stores, uint32_t* to, uint32_t value) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.b32 [%1], %2;\n}\n" ::"r"(
+                   static_cast<uint32_t>(stores)),
+               "l"(to), "r"(value)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_if(bool stores, uint16_t* to, uint16_t value) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.b16 [%1], %2;\n}\n" ::"r"(
+                   static_cast<uint32_t>(stores)),
+               "l"(to), "h"(value)
+               : "memory");
 }
 
 // ---------------------------------------------------------------- barriers of a part of a block

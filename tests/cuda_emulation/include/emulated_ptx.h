@@ -105,7 +105,8 @@ void wgmma_m64k32(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumul
 
 void mma_fp16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void load_matrix_x4(uint32_t (&registers)[4], const void* row);
-inline void store_if(bool stores, uint2* to, const uint2& value) {
+template <typename T>
+void store_if(bool stores, T* to, T value) {
   if (stores) *to = value;
 }
 /// See the wrapper.
