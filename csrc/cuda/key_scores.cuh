@@ -76,7 +76,9 @@ __device__ __forceinline__ void load_gates(
   for (int i = 0; i < Layout::kHeadsPerLane; ++i) {
     const int index = Layout::head_of(8 * (i / 2) + 2 * quad_lane + i % 2);
     const bool exists = row < rows && index < queries.count;
-    gate[i] = exists ? queries.gates[row * queries.gates_stride + queries.head(row, index)] : 0.0f;
+    const int safe_row = exists ? row : 0, safe_index = exists ? index : 0;  // always loads, as branches cost more
+    const float value = queries.gates[safe_row * queries.gates_stride + queries.head(safe_row, safe_index)];
+    gate[i] = exists ? value : 0.0f;
   }
 }
 
