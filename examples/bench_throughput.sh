@@ -3,10 +3,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} # GiB; on CPU vLLM otherwise asks for 92% of the memory
-model=${1:-.models/tiny}
+model=${1:-.models/trained}
 shift $(($# < 1 ? $# : 1))
-if [[ $model == .models/tiny ]]; then set -- --tokenizer-mode hf --max-model-len 8192 "$@"; fi
-if [[ $model == .models/tiny && ! -e /dev/nvidia0 ]]; then set -- --dtype float32 "$@"; fi
+if [[ $model == .models/* ]]; then set -- --tokenizer-mode hf --max-model-len 8192 "$@"; fi
+if [[ $model == .models/* && ! -e /dev/nvidia0 ]]; then set -- --dtype float32 "$@"; fi
 for policy in dsa misa; do
     echo "policy $policy"
     "${VENV:-.venv}/bin/vllm" bench throughput --model "$model" --attention-backend misa \

@@ -9,8 +9,8 @@ from vllm import LLM, SamplingParams
 
 
 def main() -> None:
-    model = sys.argv[1] if len(sys.argv) > 1 else ".models/tiny"
-    small = model.endswith("tiny")  # brings its own tokenizer; other checkpoints keep vLLM's choice
+    model = sys.argv[1] if len(sys.argv) > 1 else ".models/trained"
+    small = model.startswith(".models/")  # brings its own tokenizer; other checkpoints keep vLLM's choice
     llm = LLM(
         model,
         attention_backend="misa",

@@ -374,6 +374,24 @@ def test_triton_scores_are_the_plain_ones():
     assert run.returncode == 0, run.stderr.decode()[-500:]
 
 
+def test_index_queries_and_keys_are_of_one_type_under_autocast(monkeypatch):
+    """The fused scores multiply them as they are."""
+    seen = []
+    plain = kernels.index_scores
+
+    def keep(q, k, gates, first):
+        seen.append((q.dtype, k.dtype))
+        return plain(q, k, gates, first)
+
+    monkeypatch.setattr(kernels, "index_scores", keep)
+    model = DsaModel(replace(SIZE, topk=16))
+    tokens = torch.randint(10, 600, (1, 48))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(tokens, SPARSE)
+        model(tokens, SPARSE, None, False, 32)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+
+
 def test_scores_are_summed_in_float32_under_autocast_too():
     generator = torch.Generator().manual_seed(3)
     q, k, gates = (torch.randn(*shape, generator=generator) for shape in ((5, 64, 16), (40, 16), (5, 64)))

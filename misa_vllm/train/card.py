@@ -18,7 +18,7 @@ def write_card(size: dict, parameters: int, packed_bytes: int, figures: dict, co
         "`python -m misa_vllm.train`: dense attention first, then the indexer alone by KL divergence from the "
         "attention distribution, then everything with sparse attention (the recipe of DeepSeek-V3.2). "
         f"{training['steps']} steps, {training['tokens'] / 1e6:.0f} M tokens of text with facts and questions written "
-        f"into it. Steps of the stages: {stages}."
+        f"into it. Steps of the stages: {stages}. Curves, commands and hardware: `misa_vllm/train/results`."
     )
     text = _filled(
         "Text: documentation from Debian's main archive and Python's library, "

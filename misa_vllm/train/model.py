@@ -116,8 +116,9 @@ class Indexer(nn.Module):
 
     def keys(self, hidden: torch.Tensor, rope) -> torch.Tensor:
         """Index keys [..., D], dequantised FP8, of the attention's normed inputs `hidden` [..., hidden]."""
+        dtype = product_dtype(hidden.device)  # asked for here: it is float32 where autocast is off
         with torch.autocast(hidden.device.type, enabled=False):
-            k = self.k_norm(self.wk(hidden.float())).to(product_dtype(hidden.device))
+            k = self.k_norm(self.wk(hidden.float())).to(dtype)
         return _Fp8.apply(self._rotated(k.unsqueeze(-2), rope).squeeze(-2))
 
     def queries(self, hidden: torch.Tensor, latent: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor]:
