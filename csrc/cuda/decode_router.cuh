@@ -251,8 +251,8 @@ class DecodeRouter {
       half_ = ceil_div(batch, warp_blocks) <= kWarps / 2 ? 8 : 4;  // half of the warps have it all
       slots_ = router.ring_ + warp * 2 * half_ * kMeanBytes + threadIdx.x % 32 * 16;
       later_ids_ = load_ids(0);
-      fetch_half();
-      fetch_half();
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) fetch_half();
     }
 
     /// The next batch's means go to the tile.

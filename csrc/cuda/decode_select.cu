@@ -95,6 +95,7 @@ __device__ __forceinline__ Room room_of(const SelectArguments& args, const Chunk
 /// Shared by the block.
 struct Plan {
   int items, chunks, pages;
+  int number;  // of the chunk that is worked on
   bool is_feasible[4][kThreads / 32];
 };
 
@@ -103,6 +104,7 @@ __device__ __forceinline__ int find_items(
     const SelectArguments& args, const int* visible, const int* request, Item* items) {
   const int lane = threadIdx.x, row_count = args.rows.count;
   int count = 0, run_before = 0;  // rows of the run that the rows before these end with
+#pragma unroll 1
   for (int base = 0; base < row_count; base += 32) {
     const int row = base + lane;
     const bool scores = row < row_count && args.scores(visible[row]);
@@ -114,6 +116,7 @@ __device__ __forceinline__ int find_items(
     const uint32_t firsts = __ballot_sync(~0u, is_first);
     if (is_first) {
       int rows = 1, most = visible[row];
+#pragma unroll 1
       while (rows < args.rows_per_item && row + rows < row_count && request[row + rows] == request[row] &&
              args.scores(visible[row + rows])) {
         most = max(most, visible[row + rows]);
@@ -132,6 +135,7 @@ __device__ __forceinline__ int choose_chunk_pages(const Item* items, Plan& plan)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = plan.items;
   const int ctas = static_cast<int>(gridDim.x);
   int total = 0, most = 0, fewest = INT32_MAX;
+#pragma unroll 1
   for (int i = lane; i < count; i += 32) {
     total += items[i].pages;
     most = max(most, items[i].pages);
@@ -145,10 +149,12 @@ __device__ __forceinline__ int choose_chunk_pages(const Item* items, Plan& plan)
   if (fewest == most) return max(low, ceil_div(most, ctas / max(count, 1)));
   int high = max(most, low);  // does; below `low` nothing does
   constexpr int kWarps = kThreads / 32, kRounds = 2;
+#pragma unroll 1
   for (int round = 0; round < kRounds && low < high; ++round) {
     const int step = ceil_div(high - low, kWarps);
     const int candidate = low + warp * step;
     int chunks = 0;
+#pragma unroll 1
     for (int i = lane; i < count; i += 32) chunks += ceil_div(items[i].pages, candidate);
     chunks = __reduce_add_sync(~0u, chunks);
     if (lane == 0) plan.is_feasible[round][warp] = chunks <= ctas;
@@ -166,6 +172,7 @@ __device__ __forceinline__ void find_chunks(
     const SelectArguments& args, const int* request, const Item* items, int chunk_pages, Chunk* chunks, Plan& plan) {
   const int lane = threadIdx.x, ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
   int before = 0, split_before = 0;
+#pragma unroll 1
   for (int base = 0; base < plan.items; base += 32) {
     const bool exists = base + lane < plan.items;
     const Item item = exists ? items[base + lane] : Item{0, 0, 0};
@@ -197,11 +204,13 @@ __device__ __forceinline__ void find_chunks(
   if (lane == 0) {
     const int count = before > cta ? ceil_div(before - cta, ctas) : 0;
     int pages = 0;
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
       chunks[i].begin = pages;
       pages += chunks[i].pages;
     }
     plan.chunks = count;
+    plan.number = 0;
     plan.pages = pages;
   }
 }
@@ -241,6 +250,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     int* visible = reinterpret_cast<int*>(pool);  // the pool is still unused
     int* request = visible + args.rows.count;
     auto* items = reinterpret_cast<Item*>(request + args.rows.count);
+#pragma unroll 1
     for (int row = threadIdx.x; row < args.rows.count; row += kThreads) {
       visible[row] = args.rows.visible[row];
       request[row] = args.rows.request[row];
@@ -257,9 +267,11 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     __syncthreads();
     const int chunk_pages = choose_chunk_pages(items, plan);
     if (threadIdx.x < 32) find_chunks(args, request, items, chunk_pages, chunks, plan);
+#pragma unroll 1
     for (int row = blockIdx.x; row < args.rows.count; row += gridDim.x) {
       const int seen = visible[row];
       if (seen > k || seen < args.visible_from || seen >= args.visible_to) continue;
+#pragma unroll 1
       for (int i = threadIdx.x; i < k; i += kThreads) args.out[row * args.out_stride + i] = i < seen ? i : -1;
     }
     __syncthreads();
@@ -268,6 +280,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
 
   // pages are numbered from this CTA's first; a warpgroup takes every kWarpgroups-th
   const auto id_of = [&](int page, const Chunk* from) {
+#pragma unroll 1
     while (page >= from->begin + from->pages) ++from;
     const Chunk& chunk = *from;
     return args.rows.block_table[chunk.request * args.rows.table_stride + chunk.first_page + page - chunk.begin];
@@ -313,11 +326,12 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
   }
   const int key_of_thread = thread / 32 * 16 + thread % 32 / 4;
   const int row_of_lane = Layout::row_of_lane();
-  for (int number = 0; number < plan.chunks; ++number) {
-    const Chunk& chunk = chunks[number];  // not a copy: registers are short
+  while (true) {
+    // not a copy, and its address is no invariant: registers are short
+    const Chunk& chunk = reinterpret_cast<Chunk*>(key_tiles + ptx::opaque(stages) * kKeyTileBytes)[plan.number];
     const auto rows = [&] { return Layout::kRows == 1 ? 1 : chunk.rows; };
     const auto start_loads = [&] {  // after the first means, as they are needed first
-      if (number == 0) for_first_pages([&](int page) { load_page(page, fixed.first_ids[page]); });
+      if (plan.number == 0) for_first_pages([&](int page) { load_page(page, fixed.first_ids[page]); });
     };
     const auto await = [&] {
       if (chunk.ranks > 1) make_selection(0).await_prepared(chunk.slot, rows());
@@ -327,8 +341,6 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
           args.route, args.cache, args.rows, args.queries, args.exchange, reinterpret_cast<char*>(scratch));
       router.route(chunk, fixed.routed_heads, kHeads, start_loads, await);
       __syncthreads();
-    } else {
-      await();
     }
     // routing needs the registers: the compiler must not see that addresses are the same for every chunk
     Selection selection = make_selection(ptx::opaque(0));
@@ -346,10 +358,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     int stage = page % stages;
     uint32_t parity = page / stages & 1;
     // the warpgroup's first warp holds the ids of the pages that get its stages next, a lane each
-    const int first_refill = page + stages;
     int refills = 0;
-    const auto load_ids = [&](int from) {
-      const int refill = first_refill + kWarpgroups * (from + thread);
+    const auto load_ids = [&](int later) {
+      const int refill = page + stages + kWarpgroups * (later + thread);
       return refill < plan.pages ? id_of(refill, &chunk) : 0;
     };
     int refill_ids = thread < 32 ? load_ids(0) : 0;
@@ -378,7 +389,6 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       float gate[Layout::kHeadsPerLane];  // anew in every round, as a selection needs the registers
       load_gates<kHeads>(gate, queries(), rows());
       const uint64_t tiles = ptx::swizzled_descriptor(key_tiles), operand = ptx::swizzled_descriptor(fixed.query);
-      const uint32_t floor = fixed.parts[0].floor;
       uint32_t* new_keys = my_keys + held - round_first * kPageTokens + key_of_thread;
       for (; page < round_last; page += kWarpgroups) {
         const auto* scales = reinterpret_cast<const float*>(fixed.scale_tiles[stage]);
@@ -386,6 +396,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         ptx::mbarrier_wait(&full[stage], parity);
         start_tile<kHeads>(d, ptx::descriptor_after(tiles, stage * (kKeyTileBytes / 16)), operand);
         const float scale[2] = {scales[key_of_thread], scales[key_of_thread + 8]};
+        const uint32_t floor = fixed.parts[0].floor;  // not kept, as registers are short
         ptx::wgmma_wait<0>();
         ptx::pin_registers(d);
         sync_warpgroup(warpgroup);
@@ -393,7 +404,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
           const int id = __shfl_sync(~0u, refill_ids, refills % 32);
           if (thread == 0) load_page(stage, id);
           if (++refills % 16 == 0 && (thread & 16) == (refills - 1 & 16)) {  // the half that has been used
-            refill_ids = load_ids((refills - 1 & ~31) + 32);
+            refill_ids = load_ids(32 - (refills - 1 & 31));
           }
         }
         stage += kWarpgroups;
@@ -421,6 +432,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       if (threadIdx.x < rows()) {
         RowPart& part = fixed.parts[threadIdx.x];
         uint32_t* keys = keys_of(threadIdx.x);
+#pragma unroll 1
         for (int i = filled; i < padded; ++i) keys[i] = 0;
         part.keys = static_cast<int>(keys - pool);
         part.positions = static_cast<int>(positions_of(threadIdx.x) - pool);
@@ -436,6 +448,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       }
       __syncthreads();
       const bool is_last = round_last == end();
+      if (!kRoutes && is_last && chunk.ranks > 1) {  // routing has needed the exchange before
+        await();
+        __syncthreads();
+      }
       const int next_position = first_position + filled - held;  // what no key has, and none is behind it
       if (!is_last && counts && args.drops_low) {
         const int kept = selection.drop_low(fixed.parts[0], k, room.most_kept, next_keys(), next_positions());
@@ -520,6 +536,11 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
       held = room.most_kept;
       round_first = round_last;
     }
+    if (plan.chunks == 1) break;
+    __syncthreads();
+    if (threadIdx.x == 0) ++plan.number;
+    __syncthreads();
+    if (plan.number == plan.chunks) break;
   }
 }
 

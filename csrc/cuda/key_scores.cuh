@@ -75,14 +75,17 @@ __device__ __forceinline__ void load_gates(
   for (int i = 0; i < Layout::kHeadsPerLane; ++i) {
     const int index = Layout::head_of(8 * (i / 2) + 2 * quad_lane + i % 2);
     const bool exists = row < rows && index < queries.count;
-    gate[i] = exists ? queries.gates[row * queries.gates_stride + queries.head(row, index)] : 0.0f;
+    const int safe_row = exists ? row : 0, safe_index = exists ? index : 0;  // always loads, as branches cost more
+    const float value = queries.gates[safe_row * queries.gates_stride + queries.head(safe_row, safe_index)];
+    gate[i] = exists ? value : 0.0f;
   }
 }
 
 /// A warpgroup starts the product of a tile of 64 keys (1024-byte aligned, 128-byte swizzle) and the query operand,
 /// which are given by descriptors.
 template <int kHeads>
-__device__ __forceinline__ void start_tile(float (&d)[HeadLayout<kHeads>::kColumns / 2], uint64_t keys, uint64_t operand) {
+__device__ __forceinline__ void start_tile(
+    float (&d)[HeadLayout<kHeads>::kColumns / 2], uint64_t keys, uint64_t operand) {
   ptx::pin_registers(d);
   ptx::wgmma_fence();
 #pragma unroll
