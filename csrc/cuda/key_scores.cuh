@@ -85,7 +85,8 @@ __device__ __forceinline__ void load_gates(
 /// A warpgroup starts the product of a tile of 64 keys (1024-byte aligned, 128-byte swizzle) and the query operand,
 /// which are given by descriptors.
 template <int kHeads>
-__device__ __forceinline__ void start_tile(float (&d)[HeadLayout<kHeads>::kColumns / 2], uint64_t keys, uint64_t operand) {
+__device__ __forceinline__ void start_tile(
+    float (&d)[HeadLayout<kHeads>::kColumns / 2], uint64_t keys, uint64_t operand) {
   ptx::pin_registers(d);
   ptx::wgmma_fence();
 #pragma unroll

@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) rerank_kernel(const __grid_c
     const float second_scale = scales[second_stage * kTileKeys];
     ptx::wgmma_wait<0>();
     ptx::pin_registers(d[1]);
-    release(second_stage);
+    if (second < tile_count) release(second_stage);  // no one waits for what was not gathered
     const float second_sum = sum_half_of_heads<kHeads>(d[1], half_gate);
     const float sum = (in_second ? second_sum : first_sum) +
                       __shfl_xor_sync(~0u, in_second ? first_sum : second_sum, 2);

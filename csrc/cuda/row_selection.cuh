@@ -181,8 +181,9 @@ class RowSelection {
 
   /// Drops, in order, keys of a part that cannot be among its k best; its keys must have been counted, and the counts
   /// are those of the kept keys afterwards, which are at least part.floor. Returns how many they are, at least
-  /// min(k, all): if that were more than `room`, nothing is changed and the return value is larger than `room`. Keys and
-  /// positions are gathered in two places of the pool with `room` words each. Block barriers must precede and follow.
+  /// min(k, all): if that were more than `room`, nothing is changed and the return value is larger than `room`. Keys
+  /// and positions are gathered in two places of the pool with `room` words each. Block barriers must precede and
+  /// follow.
   __device__ int drop_low(RowPart& part, uint32_t k, int room, uint32_t* kept_keys, uint32_t* kept_positions) {
     digits_.walk(shared_.digits.counts, k);
     uint32_t low = part.floor, kept = shared_.digits.total;
@@ -261,8 +262,8 @@ class RowSelection {
     return static_cast<int>(min(total, k));
   }
 
-  /// Rank 0 clears `rows` slots from `slot` on for the exchange of a row's histograms and lists or of its `keys`, and of
-  /// `partials` words. A block barrier and `publish_prepared` must follow.
+  /// Rank 0 clears `rows` slots from `slot` on for the exchange of a row's histograms and lists or of its `keys`, and
+  /// of `partials` words. A block barrier and `publish_prepared` must follow.
   __device__ void prepare(int slot, int rows, int first_chunk, int ranks, int keys, int partials) {
     const auto clear = [&](void* words, int bytes) {
 #pragma unroll 1
@@ -489,7 +490,8 @@ class RowSelection {
   template <typename Take>
   __device__ void finish(
       const RowPart& part, const KeyRange& range, uint32_t earlier_above, uint32_t earlier_inside, Take take) {
-    if (__builtin_expect(range.is_tied(), false)) {  // more equal keys than a list holds: the first in order of position are selected
+    // more equal keys than a list holds: the first in order of position are selected
+    if (__builtin_expect(range.is_tied(), false)) {
       const auto above = [&](int i) { return key(part, i) > range.high; };
       const auto inside = [&](int i) { return range.holds(key(part, i)); };
       const auto before = digits_.tally(part.count, above, inside);
