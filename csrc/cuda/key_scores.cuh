@@ -45,14 +45,13 @@ struct HeadLayout {
   }
 };
 
-/// A block's first `threads` threads fill the B operand (1024-byte aligned, kQueryBytes) with the queries of `rows`
-/// rows. A barrier of those who read it must follow.
-template <int kHeads>
-__device__ __forceinline__ void store_query(
-    char* operand, const QueryHeads& queries, int rows, int threads = static_cast<int>(blockDim.x)) {
+/// A block's first kThreads threads, all if 0, fill the B operand (1024-byte aligned, kQueryBytes) with the queries of
+/// `rows` rows. A barrier of those who read it must follow.
+template <int kHeads, int kThreads = 0>
+__device__ __forceinline__ void store_query(char* operand, const QueryHeads& queries, int rows) {
   using Layout = HeadLayout<kHeads>;
   constexpr int kChunks = kHeadDim / 16;
-  for (int i = threadIdx.x; i < Layout::kColumns * kChunks; i += threads) {
+  for (int i = threadIdx.x; i < Layout::kColumns * kChunks; i += kThreads != 0 ? kThreads : blockDim.x) {
     const int column = i / kChunks, chunk = i % kChunks;
     const int row = Layout::row_of(column), index = Layout::head_of(column);
     uint4 bytes = {0, 0, 0, 0};

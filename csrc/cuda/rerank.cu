@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) rerank_kernel(const __grid_c
   ptx::set_more_registers<kScoreRegisters>();
 
   const QueryHeads queries = args.queries.from_row(row);
-  store_query<kHeads>(query, queries, 1, kThreads);
+  store_query<kHeads, kThreads>(query, queries, 1);
   Selection<kCluster> selection(selection_shared);
   selection.clear();
   float half_gate[Layout::kHeadsPerLane];

@@ -62,6 +62,9 @@ class Variant:
 class RoutedBy:
     """`Kernels` whose router ranks the heads of one set of rows by another statistic."""
 
+    route_and_select = None
+    """The kernels' own would route by their own statistic."""
+
     def __init__(self, kernels: Kernels, scores: Callable[[int], torch.Tensor]) -> None:
         self._kernels = kernels
         self._scores = scores
