@@ -340,6 +340,16 @@ def test_a_context_is_attended_to_and_not_trained(cast):
     assert torch.allclose(kl, kl_of_whole, rtol=0.1 if cast else 1e-3)
 
 
+def test_gates_start_positive():
+    torch.manual_seed(5)
+    model = DsaModel(SIZE)
+    layer = model.model["layers"][0]
+    x = layer.input_layernorm(model.model["embed_tokens"](torch.randint(10, 600, (200,))))
+    latent = layer.self_attn.q_a_layernorm(layer.self_attn.q_a_proj(x))
+    _, gates = layer.self_attn.indexer.queries(x, latent, rope_tables(SIZE, torch.arange(200)))
+    assert (gates > 0).float().mean() > 0.9
+
+
 def test_some_heads_look_back_from_the_start():
     """The probability that the first heads give the token 1, 2, ... places before, before any training."""
     torch.manual_seed(0)
@@ -493,6 +503,20 @@ def test_a_resumed_run_goes_on_where_it_stopped(data, tmp_path):
 def fresh(plan):
     torch.manual_seed(batches.number_of(Options.seed) % 2**31)
     return DsaModel(plan.size)
+
+
+def test_new_indexers_learn_beside_a_trained_model(data, tmp_path):
+    run(data, tmp_path / "first", until=0.5)
+    plan = Plan(SIZE, (Stage("index", 1.0, 64, 256, train_model=False, kl_rows=8, mix=MIX),))
+    options = Options(data=data, out=tmp_path / "second", steps=4, resume=tmp_path / "first", new_indexers=True)
+    page = train(plan, options, log=lambda _: None)
+    assert page["progress"] == pytest.approx(1.0) and page["stage_steps"] == {"dense": 8, "index": 4}
+    before, after = (checkpoint.load(tmp_path / name)[0].state_dict() for name in ("first", "second"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".indexer." in name for name in changed)
+    assert {name for name in before if name.endswith("wq_b.weight")} <= changed
+    with pytest.raises(ValueError, match="--resume"):
+        train(plan, replace(options, resume=None))
 
 
 def test_training_learns_and_writes_curves(data, tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     text = "part of the whole training done when this run ends, 0 to 1, or the name of its last stage (default: 1)"
     parser.add_argument("--until", default="1", metavar="PART", help=text)
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint to go on from")
+    text = "resume with untrained indexers, at the beginning of the plan; --plan indexer trains nothing else"
+    parser.add_argument("--new-indexers", action="store_true", help=text)
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches; 0: none, this one does")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", default="misa")

@@ -34,6 +34,7 @@ EMBEDDING_STD = 0.5  # times hidden ** -0.5: the first logits' spread
 # is, and the logit that the fastest pair of RoPE dimensions gives the right distance
 COMMON_COMPONENT = 8.0
 NEIGHBOUR_LOGIT = 12.0
+GATE_START = 0.5  # every gate's weight for that component, which is 2 to 6 in the attention's inputs
 
 
 def remade(function, *arguments):
@@ -113,6 +114,11 @@ class Indexer(nn.Module):
         self.wk = linear(size.hidden, size.index_head_dim)
         self.k_norm = nn.LayerNorm(size.index_head_dim, eps=1e-6)
         self.weights_proj = linear(size.hidden, size.index_heads)
+        # Gates start out positive. Half of them stayed negative where they started at random: such a head argues
+        # against tokens, and what it argues against comes back when a policy leaves the head out. Heads that argue
+        # for tokens can be left out where they have nothing to say.
+        with torch.no_grad():
+            self.weights_proj.weight[:, 0] = GATE_START
 
     def keys(self, hidden: torch.Tensor, rope) -> torch.Tensor:
         """Index keys [..., D], dequantised FP8, of the attention's normed inputs `hidden` [..., hidden]."""
@@ -300,6 +306,12 @@ class DsaModel(nn.Module):
             # what such a head adds is then of an embedding's size
             spread = EMBEDDING_STD * (size.hidden * size.v_head_dim) ** -0.5
             nn.init.normal_(attention.o_proj.weight[:, columns], std=spread)
+
+    def start_indexers(self) -> None:
+        """Give every layer an indexer that has learnt nothing."""
+        for layer in self.model["layers"]:
+            device = layer.self_attn.o_proj.weight.device
+            layer.self_attn.indexer = Indexer(self.size).to(device)
 
     def indexer_parameters(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if ".indexer." in name]

@@ -44,6 +44,8 @@ class Options:
     steps: int = 0
     """Instead of by the clock: this many steps from progress 0 to 1 (for tests); the run does its part of them."""
     resume: Path | None = None
+    new_indexers: bool = False
+    """Resume with indexers that have learnt nothing, and at the beginning of the plan."""
     workers: int = 0
     device: str = "cpu"
     seed: str = "misa"
@@ -162,6 +164,8 @@ def train(plan: Plan, options: Options, log=print) -> dict:
         RuntimeError: the device computes nothing right.
     """
     started = time.monotonic()
+    if options.new_indexers and not options.resume:
+        raise ValueError("--new-indexers are for a model that is trained already: name its checkpoint with --resume")
     device = torch.device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     pool = None
@@ -177,6 +181,10 @@ def train(plan: Plan, options: Options, log=print) -> dict:
         model, page = checkpoint.load(options.resume, device)
         if model.size != plan.size:
             raise ValueError(f"{options.resume} holds a model of another size: resume it with the plan that made it")
+        if options.new_indexers:
+            torch.manual_seed(batches.number_of(options.seed) % 2**31)
+            model.start_indexers()
+            page["progress"] = 0.0
     else:
         torch.manual_seed(batches.number_of(options.seed) % 2**31)
         model, page = DsaModel(plan.size).to(device), {"progress": 0.0, "stage_steps": {}, "steps": 0, "tokens": 0}
