@@ -35,6 +35,8 @@ class MISAMetadata(AttentionMetadata):
     rows: QueryRows
     slot_mapping: torch.Tensor
     """[T] int64, page * 64 + offset; negative for padding."""
+    exact: torch.Tensor | None
+    """[T] bool, the rows that select exactly whatever the policy (decoded ones under `exact_decode`); None: none."""
     num_decodes: int
     num_decode_tokens: int
     num_prefills: int = 0
@@ -49,6 +51,7 @@ class MISAMetadataBuilder(AttentionMetadataBuilder[MISAMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.settings = settings_for(vllm_config)
         self.kernels = choose_kernels("cpu")
+        self.longest_decode = 1 + vllm_config.num_speculative_tokens
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -66,11 +69,17 @@ class MISAMetadataBuilder(AttentionMetadataBuilder[MISAMetadata]):
             min_visible=int(visible.min()) if len(visible) else 0,
         )
         last = lengths.numpy()
-        metrics.count_queries(self.settings, last - query_lens.numpy() + 1, last)
+        # decodes first, as they are counted; the batch itself is not ordered
+        decoding = query_lens <= self.longest_decode
+        order = torch.argsort(decoding.logical_not().int(), stable=True).numpy()
+        first, last = (last - query_lens.numpy() + 1)[order], last[order]
+        metrics.count_queries(self.settings, first, last, int(decoding.sum()))
+        exact = decoding.repeat_interleave(query_lens) if self.settings.exact_decode and decoding.any() else None
         return MISAMetadata(
             num_actual_tokens=tokens,
             rows=rows,
             slot_mapping=common.slot_mapping[:tokens],
+            exact=exact,
             num_decodes=common.num_reqs,
             num_decode_tokens=tokens,
         )

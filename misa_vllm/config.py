@@ -11,9 +11,6 @@ from misa_vllm.settings import IndexerSettings, MISAConfigError
 POOL_BLOCK = 1024
 """Default B: the paper's release (its router pools 1024 keys)."""
 
-MIN_CONTEXT = 0
-"""Default of `min_context`: heads are routed wherever they can be (more than top-k visible keys, one pool block)."""
-
 CHECKPOINT_FIELDS = {
     "active_heads": "misa_topk_heads",
     "pool_block": "misa_k_block_size",
@@ -37,7 +34,10 @@ class MISAOptions(BaseModel):
     candidates: int | None = Field(default=None, ge=1)
     """C: tokens that hierarchical MISA re-ranks with all heads, and that HISA's blocks hold. Default 8192."""
     min_context: int | None = Field(default=None, ge=0)
-    """Tokens a query must see before its heads are routed; below it exact DSA runs."""
+    """Tokens a query must see before its heads are routed; below it exact DSA runs. Default: the policy's
+    `default_min_context`."""
+    exact_decode: bool = False
+    """Let decode steps run exact DSA (on GPUs: stock vLLM's own kernels) and route heads in prefills only."""
     audit_every: int = Field(default=0, ge=0)
     """Compare every n-th routed query with exact DSA and export the recall; 0 is off. Costs DSA's time on those."""
 
@@ -82,14 +82,17 @@ def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings
             value = getattr(hf_config, CHECKPOINT_FIELDS.get(option, ""), None)
         return default if value is None else value
 
+    candidates = pick("candidates", max(8192, topk))
+    min_context = POLICIES[given.policy].default_min_context(index_heads, candidates)
     settings = IndexerSettings(
         policy=given.policy,
         index_heads=index_heads,
         topk=topk,
         active_heads=pick("active_heads", min(8, index_heads)),
         pool_block=pick("pool_block", POOL_BLOCK),
-        candidates=pick("candidates", max(8192, topk)),
-        min_context=pick("min_context", MIN_CONTEXT),
+        candidates=candidates,
+        min_context=pick("min_context", min_context),
+        exact_decode=given.exact_decode,
         audit_every=given.audit_every,
         routes_heads=POLICIES[given.policy].routes_heads,
     )

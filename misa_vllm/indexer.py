@@ -6,7 +6,7 @@ import torch
 
 from misa_vllm import metrics
 from misa_vllm.kernels import choose_kernels
-from misa_vllm.policies import IndexerStep, make_policy
+from misa_vllm.policies import DSA, IndexerStep, make_policy
 from misa_vllm.rows import QueryRows
 from misa_vllm.settings import IndexerSettings
 
@@ -18,6 +18,7 @@ class Indexer:
         self.settings = settings
         self.kernels = choose_kernels(device_type)
         self.policy = make_policy(settings)
+        self.exact_policy = DSA(settings)
         self.observer: Callable[[IndexerStep, torch.Tensor], None] | None = None
         """Called with every step and its selection; for tools that measure, unset in serving."""
 
@@ -31,12 +32,21 @@ class Indexer:
             self.kernels.update_page_means(index_cache, slot_mapping)
 
     def select(
-        self, q: torch.Tensor, gates: torch.Tensor, index_cache: torch.Tensor, rows: QueryRows, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        gates: torch.Tensor,
+        index_cache: torch.Tensor,
+        rows: QueryRows,
+        out: torch.Tensor,
+        exact: bool = False,
     ) -> None:
-        """Write each row's selected positions into out [M, >= k] int32; shapes as in `IndexerStep`."""
+        """Write each row's selected positions into out [M, >= k] int32; shapes as in `IndexerStep`.
+
+        exact: by all heads, whatever the policy (decoded rows under `exact_decode`).
+        """
         step = IndexerStep(q, gates, index_cache, rows, self.kernels)
-        self.policy.select(step, out)
-        if self.settings.audit_every:
+        (self.exact_policy if exact else self.policy).select(step, out)
+        if self.settings.audit_every and not exact:
             metrics.audit(self.settings, step, out)
         if self.observer is not None:
             self.observer(step, out)

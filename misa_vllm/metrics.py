@@ -77,7 +77,8 @@ class _Collector:
             "Sum over audited queries of the share of DSA's tokens that were selected",
             value=total["audited_recall_sum"],
         )
-        shown = ("policy", "active_heads", "index_heads", "pool_block", "candidates", "min_context", "topk")
+        numbers = ("active_heads", "index_heads", "pool_block", "candidates", "min_context", "topk")
+        shown = ("policy", *numbers, "exact_decode")
         if self.settings is None:
             return
         yield InfoMetricFamily(
@@ -100,19 +101,25 @@ def _add(counter: str, amount: float) -> None:
         counters[COUNTERS.index(counter)] += amount
 
 
-def count_queries(settings: IndexerSettings, first_visible: np.ndarray, last_visible: np.ndarray) -> None:
+def count_queries(
+    settings: IndexerSettings, first_visible: np.ndarray, last_visible: np.ndarray, decodes: int = 0
+) -> None:
     """Count a step's queries by path.
 
     first_visible, last_visible [R]: how many keys the first and the last query of each request see; those in
-    between see one more each.
+    between see one more each. The first `decodes` requests decode.
     """
 
-    def queries_up_to(visible: int) -> int:
-        return int((np.minimum(last_visible, visible) - first_visible + 1).clip(min=0).sum())
+    def queries(least: int, most: int, start: int = 0) -> int:
+        """That see `least` to `most` keys, of the requests from `start` on."""
+        first, last = first_visible[start:].clip(min=least), last_visible[start:].clip(max=most)
+        return int((last - first + 1).clip(min=0).sum())
 
-    every = queries_up_to(np.iinfo(np.int32).max)
-    selecting_all = queries_up_to(settings.topk)
-    routed = every - queries_up_to(settings.route_from - 1) if settings.routes_heads else 0
+    largest = np.iinfo(np.int32).max
+    every, selecting_all = queries(0, largest), queries(0, settings.topk)
+    routed = 0
+    if settings.routes_heads:
+        routed = queries(settings.route_from, largest, decodes if settings.exact_decode else 0)
     _add("all", selecting_all)
     _add("routed", routed)
     _add("exact", every - selecting_all - routed)

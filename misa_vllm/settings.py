@@ -24,6 +24,8 @@ class IndexerSettings:
     candidates: int
     min_context: int
     audit_every: int = 0
+    exact_decode: bool = False
+    """Whether decode steps leave routing out and select as exact DSA does."""
     routes_heads: bool = True
     """Whether the policy routes, and therefore needs the page means; one that does not is stock DSA on CUDA."""
 

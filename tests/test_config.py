@@ -39,6 +39,13 @@ def test_route_from_is_a_position(options, expected):
     assert resolve_settings(options, model()).route_from == expected
 
 
+@pytest.mark.parametrize(("heads", "expected"), [(64, 37888), (32, 75776)])
+def test_hierarchical_is_exact_where_that_is_as_fast(heads, expected):
+    assert resolve_settings({"policy": "hierarchical"}, model(index_n_heads=heads)).min_context == expected
+    given = resolve_settings({"policy": "hierarchical", "min_context": 0}, model(index_n_heads=heads))
+    assert given.min_context == resolve_settings({}, model(index_n_heads=heads)).min_context == 0
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -52,6 +59,7 @@ def test_route_from_is_a_position(options, expected):
         ({"pool_block": 100}, ["pool_block=100", "64"]),
         ({"candidates": 100}, ["candidates=100", "2048"]),
         ({"min_context": -1}, ["min_context", "0"]),
+        ({"exact_decode": "often"}, ["exact_decode", "boolean"]),
         ({"audit_every": -1}, ["audit_every", "0"]),
         ("misa", ["additional_config"]),
     ],

@@ -38,7 +38,7 @@ def test_least_visible_is_known_for_prefills_only(cuda, monkeypatch, decodes, le
     counted = []
     built = Namespace(num_decodes=decodes, num_prefills=2 - decodes)
     monkeypatch.setattr(cuda.DeepseekV32IndexerMetadataBuilder, "build", lambda *args: built)
-    monkeypatch.setattr(metrics, "count_queries", lambda settings, first, last: counted.append((first, last)))
+    monkeypatch.setattr(metrics, "count_queries", lambda settings, *step: counted.append(step))
     builder = object.__new__(cuda.MetadataBuilderWithRows)
     builder.settings = None
     starts = int32(0, 1, 11, 12)
@@ -50,7 +50,8 @@ def test_least_visible_is_known_for_prefills_only(cuda, monkeypatch, decodes, le
     metadata = builder.build(0, common)
     assert metadata is built and metadata.query_start_loc == "on the device"
     assert metadata.min_visible == least
-    ((first, last),) = counted
+    ((first, last, decoding),) = counted
+    assert decoding == decodes
     assert np.array_equal(first, [70, 41, 1]) and np.array_equal(last, [70, 50, 1])
 
 
@@ -64,15 +65,15 @@ class Indexer:
     kernels = reference
 
     def __init__(self):
-        self.settings = Namespace(routes_heads=True, topk=4)
+        self.settings = Namespace(routes_heads=True, topk=4, exact_decode=False)
         self.calls = []
 
     def update_statistics(self, index_cache, slot_mapping):
         self.calls.append(("statistics", len(slot_mapping)))
 
-    def select(self, q, gates, index_cache, rows, out):
+    def select(self, q, gates, index_cache, rows, out, exact=False):
         assert len(q) == len(gates) == len(rows) == len(out)
-        self.calls.append(("select", rows))
+        self.calls.append(("exact" if exact else "select", rows))
 
     def reserve(self, max_rows, max_visible, device):
         self.calls.append(("reserve", max_rows, max_visible))
@@ -93,13 +94,20 @@ class Step:
             max_seq_len=70,
             min_visible=5,
             prefill=None,
+            num_prefills=1,
             num_decode_tokens=1,
         )
-        monkeypatch.setattr(cuda.attention, "sparse_attn_indexer", lambda *args, **kwargs: pytest.fail("stock scored"))
+        self.stock_calls = 0
+        monkeypatch.setattr(cuda.attention, "sparse_attn_indexer", self.stock)
         monkeypatch.setattr(cuda.attention.DeepseekV32Indexer, "indexer_cache_cls", None)
         monkeypatch.setattr(cuda, "get_forward_context", lambda: self.context)
         cuda.extend_fused_indexer(object)
         self.begin()
+
+    def stock(self, *args, **kwargs):
+        assert self.layers["a"].indexer.settings.exact_decode, "stock scored"
+        self.stock_calls += 1
+        return self.buffer
 
     def begin(self, attn_metadata="as it is"):
         """A new forward context."""
@@ -155,6 +163,19 @@ def test_statistics_are_kept_where_attention_is_dense(step):
     assert step.score("a", "dense") == [("statistics", 8)]
     dense.num_decode_tokens = 1
     assert [name for name, *_ in step.score("a", "dense")[1:]] == ["statistics", "select"]
+
+
+def test_exact_decode_leaves_decodes_to_stock(step):
+    for layer in step.layers.values():
+        layer.indexer.settings.exact_decode = True
+    (_, (decoded, rows), (routed, others)) = step.score("a")
+    assert (decoded, rows.visible.tolist()) == ("exact", [5])
+    assert (routed, others.visible.tolist()) == ("select", [6, 7, 8, 9, 70, 0, 0])
+    assert step.stock_calls == 0
+    step.metadata.num_prefills = 0
+    assert step.score("b") == [("statistics", 8)] and step.stock_calls == 1
+    step.begin(None)
+    assert step.score("b")[1:] == [("reserve", 10, 1000)] and step.stock_calls == 2
 
 
 def test_profiling_reserves_and_scores_nothing(step, monkeypatch):

@@ -141,7 +141,6 @@ class Benchmark:
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         from misa_vllm.bench import indexers
-        from misa_vllm.config import MIN_CONTEXT
 
         self.start = time.perf_counter()
         self.args = args
@@ -156,7 +155,7 @@ class Benchmark:
             self.stock = stock_indexer_kernels(self.device)
         except (RuntimeError, ImportError) as error:
             raise BenchmarkError(str(error).splitlines()[0]) from None
-        min_context = MIN_CONTEXT if args.min_context is None else args.min_context
+        min_context = args.min_context or 0
         route_from = indexers.settings("misa", args.heads[0], args, min_context).route_from
         self.options = Options(args.active_heads, args.pool_block, args.candidates, args.k, route_from)
         self.min_context = min_context

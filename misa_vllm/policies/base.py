@@ -70,6 +70,11 @@ class Policy(ABC):
         self.settings = settings
 
     @classmethod
+    def default_min_context(cls, index_heads: int, candidates: int) -> int:
+        """`min_context` where the user gives none: the number of visible tokens up to which exact DSA is as fast."""
+        return 0
+
+    @classmethod
     def check(cls, settings: IndexerSettings) -> None:
         """Raise MISAConfigError, one line that says what to change, where the policy cannot run under `settings`."""
 

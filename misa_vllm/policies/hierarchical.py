@@ -8,7 +8,16 @@ ROWS_AT_ONCE = 1024
 """Bounds the candidate lists: 1024 rows of 8192 int32 are 32 MiB."""
 
 
+RERANK_COST = 296
+"""Re-ranking a candidate takes as long as this many products of a head with a key in the exact kernel: from the times of
+both at 32768 and 65536 keys, H = 64 and 32, on one H200. It hardly depends on H, as keys are gathered one by one."""
+
+
 class HierarchicalMISA(Policy):
+    @classmethod
+    def default_min_context(cls, index_heads: int, candidates: int) -> int:
+        return candidates * RERANK_COST // index_heads
+
     @property
     def route_from(self) -> int:
         """Rows that see no more than the candidates' number are exact DSA in one pass: nothing would be left out."""

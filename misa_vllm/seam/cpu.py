@@ -2,6 +2,7 @@
 
 import functools
 
+import torch
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.sparse_attn_indexer import SparseAttnIndexer
 from vllm.model_executor.models import deepseek_v2
@@ -39,13 +40,18 @@ def extend_generic_indexer(index_cache_class: type) -> None:
                 index_cache = self.k_cache.index_cache
                 indexer.write_keys(k[:tokens], index_cache, step.slot_mapping)
                 indexer.update_statistics(index_cache, step.slot_mapping)
-                indexer.select(
-                    q_quant[:tokens],
-                    weights[:tokens].float(),
-                    index_cache,
-                    step.rows,
-                    self.topk_indices_buffer[:tokens],
-                )
+                q, gates, out = q_quant[:tokens], weights[:tokens].float(), self.topk_indices_buffer[:tokens]
+                if step.exact is None or step.exact.all():
+                    indexer.select(q, gates, index_cache, step.rows, out, exact=step.exact is not None)
+                else:
+                    for exact in (False, True):
+                        part = torch.nonzero(step.exact == exact).flatten()
+                        selected = out[part]
+                        indexer.select(
+                            q.view(torch.uint8)[part].view(q.dtype), gates[part], index_cache, step.rows.take(part),
+                            selected, exact,
+                        )  # fmt: skip
+                        out[part] = selected
             return self.topk_indices_buffer
 
         forward_native = forward_cpu

@@ -32,7 +32,7 @@ class MetadataBuilderWithRows(DeepseekV32IndexerMetadataBuilder):
         # exact on the host for prefills only: a speculative decode's length is known on the device
         only_prefills = metadata.num_decodes == 0 and metadata.num_prefills > 0
         metadata.min_visible = int(first.min()) if only_prefills else 0
-        metrics.count_queries(self.settings, first, last)
+        metrics.count_queries(self.settings, first, last, metadata.num_decodes)
         return metadata
 
 
@@ -106,40 +106,54 @@ def extend_fused_indexer(index_cache_class: type) -> None:
         cache = forward_context.no_compile_layers[k_cache_prefix]
         indexer = cache.indexer
         topk_indices_buffer, max_model_len = args[6], args[4]
-        if indexer is None or not indexer.settings.routes_heads:
+        profiling = not isinstance(forward_context.attn_metadata, dict)
+
+        def select_as_stock():
             selected = stock(hidden_states, k_cache_prefix, kv_cache, q_quant, q_scale, k, weights, *args, **kwargs)
-            if indexer is not None and indexer.observer and isinstance(forward_context.attn_metadata, dict):
+            if indexer is not None and indexer.observer and not profiling:
                 metadata = forward_context.attn_metadata[k_cache_prefix]
                 rows = _query_rows(forward_context, metadata, indexer.kernels, max_model_len)
                 part = slice(0, len(rows))
                 indexer.observe(q_quant[part], weights[part], cache.index_cache, rows, topk_indices_buffer[part])
             return selected
-        if not isinstance(forward_context.attn_metadata, dict):
+
+        if indexer is None or not indexer.settings.routes_heads:
+            return select_as_stock()
+        exact_decode = indexer.settings.exact_decode
+        if profiling:
             indexer.reserve(topk_indices_buffer.shape[0], max_model_len, hidden_states.device)
+            if exact_decode:
+                return select_as_stock()  # reserves as much for the decode steps, and what follows
             _reserve_row_shard_exchange_transient(topk_indices_buffer, hidden_states.device)
             return topk_indices_buffer
         metadata = forward_context.attn_metadata[k_cache_prefix]
         # Keys were written before this call, so statistics come first, whatever else is skipped.
         indexer.update_statistics(cache.index_cache, metadata.slot_mapping)
+        if exact_decode and metadata.num_prefills == 0:
+            return select_as_stock()
         if _scoring_is_skipped(forward_context, kwargs["dense_mha_metadata_layer_name"]):
             return topk_indices_buffer
         rows = _query_rows(forward_context, metadata, indexer.kernels, max_model_len)
 
-        def select(start: int, stop: int) -> None:
-            part = slice(start, stop)
-            indexer.select(q_quant[part], weights[part], cache.index_cache, rows[part], topk_indices_buffer[part])
+        def select(start: int, stop: int, exact: bool = False) -> None:
+            if stop > start:
+                part = slice(start, stop)
+                out = topk_indices_buffer[part]
+                indexer.select(q_quant[part], weights[part], cache.index_cache, rows[part], out, exact)
 
         shard = None
         if metadata.prefill:
             shard = PrefillRowShard.from_metadata(metadata.prefill, metadata.num_decode_tokens)
-        if shard is None:
+        decoded = metadata.num_decode_tokens
+        if shard is None and not exact_decode:
             select(0, len(rows))
+            return topk_indices_buffer
+        select(0, decoded, exact_decode)
+        if shard is None:
+            select(decoded, len(rows))
         else:
             # each tensor-parallel rank selects its share of the prefill rows, then the ranks exchange them
-            if metadata.num_decode_tokens:
-                select(0, metadata.num_decode_tokens)
-            if shard.stop > shard.start:
-                select(shard.start, shard.stop)
+            select(shard.start, shard.stop)
             shard.exchange_topk(topk_indices_buffer, indexer.settings.topk)
         return topk_indices_buffer
 

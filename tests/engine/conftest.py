@@ -25,7 +25,7 @@ TOPK = 512 if ON_GPU else 64
 SIZES = {"heads": 64, "hidden": 512} if ON_GPU else {}
 ON_DEVICE = (
     # every query goes through the indexer, also where stock would attend densely and score nothing
-    {"attention_config": {"sparse_mla_force_mqa": True}, "gpu_memory_utilization": 0.2}
+    {"attention_config": {"sparse_mla_force_mqa": True}, "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**31}
     if ON_GPU
     else {}
 )
@@ -107,13 +107,13 @@ def greedy(llm: LLM, prompts: list[list[int]], tokens: int) -> list[list[int]]:
 
 
 class Engine:
-    """An engine under `misa` whose pool blocks are pages, with the selections of every layer recorded."""
+    """An engine under `misa` that routes at any length, by pool blocks of a page; every layer's selections are recorded."""
 
     def __init__(self, model: str, misa: dict, **options) -> None:
         sizes = {"max_model_len": 8192, "max_num_seqs": 8, "max_num_batched_tokens": 8192, "enforce_eager": True}
         self._running = ExitStack()
         self.llm = self._running.enter_context(
-            offline_engine(model, {"pool_block": 64, **misa}, **{**sizes, **ON_DEVICE, **options})
+            offline_engine(model, {"pool_block": 64, "min_context": 0, **misa}, **{**sizes, **ON_DEVICE, **options})
         )
         self.recorder = Recorder()
 

@@ -19,8 +19,8 @@ class Recorder:
         self.select = Indexer.select
         recorder = self
 
-        def select(indexer, q, gates, index_cache, rows, out):
-            recorder.select(indexer, q, gates, index_cache, rows, out)
+        def select(indexer, q, gates, index_cache, rows, out, exact=False):
+            recorder.select(indexer, q, gates, index_cache, rows, out, exact)
             recorder.record(indexer, rows, out)
 
         Indexer.select = select

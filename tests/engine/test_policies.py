@@ -42,6 +42,24 @@ def test_min_context_keeps_earlier_tokens_exact(start_engine, model, dsa):
     assert min(differing) >= TOPK + 535
 
 
+@pytest.mark.skipif(ON_GPU, reason="there stock's kernels decode, and their selections are not recorded")
+def test_exact_decode_routes_prefills_only(start_engine, deepseek_model):
+    """First layer: the prompt as without the option, what is decoded as under policy dsa, beside a prefill or not."""
+    routed = run(start_engine, deepseek_model, policy="misa")[1][0]
+    engine = start_engine(deepseek_model, {"policy": "misa", "exact_decode": True})
+    alone = engine.generate([PROMPT], tokens=12)
+    assert all(engine.selected[0][position] == routed[position] for position in range(len(PROMPT)))
+    engine.forget_prefixes()
+    engine.set_chunk(256)
+    beside = engine.generate([PROMPT, PROMPT[:600]], tokens=12)
+    assert beside[0] == alone[0]
+    selected = dict(engine.selected[0])
+    engine = start_engine(deepseek_model, {"policy": "dsa"})
+    engine.generate([PROMPT + alone[0]], tokens=1)
+    decoded = range(len(PROMPT), len(PROMPT) + 11)
+    assert all(selected[position] == engine.selected[0][position] for position in decoded)
+
+
 def test_routing_recovers_most_of_dsa(start_engine, model, dsa):
     """More routed heads select more of what all heads select (first layer, past top-k)."""
 

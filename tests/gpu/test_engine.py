@@ -14,7 +14,13 @@ from misa_vllm.indexer import Indexer
 from tests.engine.conftest import TOPK, Engine, greedy, offline_engine, products_row_by_row, random_prompt, write_model
 
 TOKENS = 24
-OPTIONS = {"max_model_len": 45056, "max_num_seqs": 64, "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.3}
+OPTIONS = {
+    "max_model_len": 45056,
+    "max_num_seqs": 64,
+    "max_num_batched_tokens": 8192,
+    # all 64 prompts at once; given in bytes, as other tests may share the GPU
+    "kv_cache_memory_bytes": 6 * 2**30,
+}
 
 
 def generate_twice(model, prompts, misa=None):
@@ -108,7 +114,7 @@ def served(request, tmp_path_factory):
     model = write_model(tmp_path_factory.mktemp("models") / "model", **sizes)
     options = {**OPTIONS, "max_num_seqs": len(PROMPTS) - 1, **options}
     with products_row_by_row():
-        tokens = generate_in_graphs(model, {"pool_block": 64, **misa}, options)
+        tokens = generate_in_graphs(model, {"pool_block": 64, "min_context": 0, **misa}, options)
         engine = Engine(model, misa, attention_config={}, **options)
         yield tokens, engine
         engine.close()
