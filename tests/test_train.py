@@ -16,10 +16,20 @@ from misa_vllm import reference
 from misa_vllm.eval.needles import CODE_DIGITS, draw_needle
 from misa_vllm.models import tiny, trained
 from misa_vllm.train import batches, checkpoint, corpus, evaluate, export, kernels, ngram, plot, tasks
+from misa_vllm.train import model as model_module
 from misa_vllm.train import run as run_module
 from misa_vllm.train.__main__ import main as train_main
 from misa_vllm.train.bpe import Encoder
-from misa_vllm.train.model import DsaModel, Past, divergence, rope_tables, select, sparse_attention
+from misa_vllm.train.model import (
+    DsaModel,
+    Past,
+    concentration,
+    divergence,
+    rope_tables,
+    select,
+    sparse_attention,
+    telling_tokens,
+)
 from misa_vllm.train.optim import orthogonal
 from misa_vllm.train.plan import PLANS, Plan, Stage
 from misa_vllm.train.run import Options, train
@@ -85,6 +95,18 @@ def test_repeated_paragraphs_go():
     paragraph = "This paragraph is long enough to count as one that was copied."
     assert paragraph in drop(f"{paragraph}\nshort\n")
     assert drop(f"{paragraph}\nshort\nother") == "short\nother"
+
+
+def test_a_corpus_can_be_made_with_a_models_tokenizer(data, tmp_path, monkeypatch):
+    text = tiny.TRAINING_TEXT.read_text(encoding="utf-8")
+    found = [("a", text[i : i + 500]) for i in range(0, len(text), 500)]
+    monkeypatch.setattr(corpus, "collect", lambda *_: (found, []))
+    arguments = [str(tmp_path / "corpus"), "--tokenizer", str(data / "tokenizer.json")]
+    assert corpus.main(arguments) == 0
+    made = Corpus.read(tmp_path / "corpus")
+    assert made.encoder.ids == Encoder(data / "tokenizer.json").ids and (tmp_path / "corpus/bundle.tar.xz").is_file()
+    assert made.encoder.decode(made.tokens[:100]) in "".join(part for _, part in found)
+    assert corpus.main([*arguments[:2], str(tmp_path / "none")]) == 2
 
 
 # ---------------------------------------------------------------- tasks
@@ -519,6 +541,121 @@ def test_new_indexers_learn_beside_a_trained_model(data, tmp_path):
         train(plan, replace(options, resume=None))
 
 
+def test_a_packed_model_gets_new_indexers(data, tmp_path, monkeypatch, capsys):
+    """The command of the results' page, from what is shipped to what can be shipped."""
+    torch.manual_seed(6)
+    tensors = DsaModel(SIZE).state_dict()
+    trained.write_packed(tmp_path / "packed", tensors, SIZE.as_dict(), data / "tokenizer.json")
+    model, page = checkpoint.load(tmp_path / "packed")
+    assert page["progress"] == 1.0 and page["steps"] == page["tokens"] == 0
+    unpacked, _ = trained.read_packed(tmp_path / "packed")
+    assert all(torch.equal(tensor, unpacked[name]) for name, tensor in model.state_dict().items())
+
+    plan = Plan(SIZE, (Stage("index", 1.0, 64, 256, train_model=False, kl_rows=8, mix=MIX),))
+    monkeypatch.setitem(PLANS, "indexer", lambda: plan)
+    monkeypatch.setattr(evaluate, "KEPT_LENGTHS", (2048,))
+    arguments = ["--plan", "indexer", "--new-indexers", "--resume", str(tmp_path / "packed"), "--data", str(data)]
+    arguments += ["--out", str(tmp_path / "out"), "--minutes", "0.08", "--finish-seconds", "2", "--device", "cpu"]
+    assert train_main([*arguments, "--concentrate", "0.1", "--log-seconds", "0"]) == 0
+    model, page = checkpoint.load(tmp_path / "out")
+    assert page["progress"] == pytest.approx(1.0) and set(page["stage_steps"]) == {"index"}
+    for name, tensor in model.state_dict().items():
+        if ".indexer." not in name:
+            assert torch.equal(tensor, unpacked[name].half().float())
+    steps, evaluations = plot.read(tmp_path / "out" / "curves.jsonl")
+    assert all(1 <= step["heads"] <= SIZE.index_heads and 0 <= step["against"] <= 1 for step in steps)
+    kept = [record["kept/2048"] for record in evaluations if "kept/2048" in record]
+    assert len(kept) == 1 and len(kept[0]) == SIZE.layers and "kept by 8 heads" in capsys.readouterr().out
+
+    other = json.loads((data / "tokenizer.json").read_text())
+    other["model"]["vocab"] = {name: 1023 - number for name, number in other["model"]["vocab"].items()}
+    (tmp_path / "packed" / "tokenizer.json").write_text(json.dumps(other))
+    assert train_main(arguments) == 2 and "--tokenizer" in capsys.readouterr().err
+    (tmp_path / "packed" / "size.json").write_text(json.dumps(replace(SIZE, hidden=64).as_dict()))
+    with pytest.raises(ValueError, match="no whole packed model"):
+        checkpoint.load(tmp_path / "packed")
+
+
+def test_few_heads_count_where_training_wants_it(data):
+    """Steps of the warm-up with and without the weight; gates keep arguing for tokens."""
+    batches.start_worker(data)
+    plan = PLANS["cpu"]()
+    plan = replace(plan, size=replace(plan.size, layers=1))
+    stage = replace(next(stage for stage in plan.stages if not stage.train_model), tokens=256)
+    found = {}
+    for weight in (0.0, 0.5):
+        trainer = run_module.Trainer(plan, fresh(plan), torch.device("cpu"))
+        trainer.model.model["layers"][0].self_attn.indexer.concentrate = weight
+        trainer.prepare(stage)
+        source = batches.stream("heads", stage, 0, plan.size.max_position - 1)
+        for step in range(60):
+            if step == 50:
+                trainer.take_figures()
+            trainer.step(stage, next(source), 1.0)
+        found[weight] = trainer.take_figures()
+    assert 1 <= found[0.5]["heads"] < 0.75 * found[0.0]["heads"] <= 0.75 * plan.size.index_heads
+    assert found[0.5]["against"] < found[0.0]["against"] + 0.02 and found[0.5]["kl"] < found[0.0]["kl"] + 0.3
+
+
+@pytest.mark.parametrize(("mode", "full_kl"), [(DENSE, False), (SPARSE, False), (SPARSE, True)])
+def test_counting_heads_is_sound_and_free_of_side_effects(mode, full_kl, monkeypatch):
+    torch.manual_seed(2)
+    model = DsaModel(SIZE)
+    tokens, rows = torch.randint(10, 600, (2, 60)), torch.tensor([[0, 0, 1], [0, 30, 58]])
+
+    def gradients(weight):
+        for layer in model.model["layers"]:
+            layer.self_attn.indexer.concentrate = weight
+        model.zero_grad()
+        loss = model(tokens, mode, rows, full_kl)[1]
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in model.indexer_parameters()]
+
+    loss, found = gradients(1.0)  # queries that see one token among them
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, rounded = gradients(1.0)
+    assert torch.allclose(cast, loss, rtol=0.05) and all(g.isfinite().all() for g in rounded)
+    assert loss.isfinite() and all(g.isfinite().all() for g in found)
+    plain, without = gradients(0.0)
+    figures = torch.stack([layer.self_attn.indexer.figures for layer in model.model["layers"]])
+    assert torch.equal(plain, figures[:, 0].mean()) and (figures[:, 1] >= 1).all()
+    assert not all(map(torch.equal, found, without))
+    monkeypatch.setattr(model_module, "concentration", lambda q, gates, keys: (gates.new_zeros(len(q)),) * 2)
+    again, same = gradients(0.0)
+    assert torch.equal(plain, again) and all(map(torch.equal, without, same))
+
+
+def test_heads_count_by_what_they_tell_apart():
+    generator = torch.Generator().manual_seed(3)
+    q, keys = torch.randn(3, 4, 8, generator=generator), torch.randn(3, 50, 8, generator=generator)
+    heads, against = concentration(q, torch.tensor([[1.0, 0, 0, 0], [1, 1, -1, -1], [0, -5, 0, 0]]), keys)
+    assert heads[0] == pytest.approx(1, abs=1e-3) and 3 < heads[1] <= 4 and heads[2] == pytest.approx(1, abs=1e-3)
+    assert against[0] == 0 and 0.2 < against[1] < 0.8 and against[2] == pytest.approx(1)
+    # what a head gives to all tokens alike does not count
+    keys[..., 0], q[:, 0] = 1.0, 0.0
+    q[:, 0, 0] = 100.0
+    assert concentration(q, torch.ones(3, 4), keys)[0].min() > 2
+    target = torch.zeros(2, 300)
+    target[0, 7] = target[0, 200] = 0.5
+    target[1, 3] = 1.0
+    tokens = telling_tokens(target, torch.tensor([300, 4]), None)
+    assert tokens.shape == (2, 256) and (tokens[0, :64] == 7).all() and (tokens[0, 64:128] == 200).all()
+    assert (tokens[1, :128] == 3).all() and tokens[0, 128:].diff().min() >= 2 and tokens[1].max() == 3
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_all_heads_keep_all_tokens(text, cast, monkeypatch):
+    monkeypatch.setattr(evaluate, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16, enabled=cast))
+    torch.manual_seed(0)
+    model, lines = DsaModel(SIZE), []
+    arguments = model, text.tokens, (256, 512, 10**6)
+    found = evaluate.kept_by_misa(*arguments, heads=SIZE.index_heads, pool_block=64, log=lines.append)
+    assert found["kept/256"] == found["kept/512"] == [1.0] * SIZE.layers and len(found) == 4 and len(lines) == 2
+    few = evaluate.kept_by_misa(*arguments, heads=1, pool_block=64, log=lines.append)
+    assert all(0 < value < 1 for value in few["kept/256"]) and all(0 <= value <= 1 for value in few["negative/256"])
+    assert not any(layer.self_attn._forward_pre_hooks for layer in model.model["layers"])
+
+
 def test_training_learns_and_writes_curves(data, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "WARM_STEPS", 1)
     page, lines = run(data, tmp_path, log_seconds=0.0)
@@ -668,6 +805,7 @@ def test_trigram_probabilities_sum_to_one():
     [
         (train_main, ["--data", "{missing}", "--out", "{out}"], "tokenizer.json"),
         (train_main, ["--data", "{data}", "--out", "{out}", "--until", "2"], "--until"),
+        (train_main, ["--data", "{data}", "--out", "{out}", "--concentrate", "-1"], "--concentrate"),
         (train_main, ["--data", "{data}", "--out", "{out}", "--until", "dense-2k"], "no stage dense-2k"),
         (evaluate.main, ["{missing}", "--data", "{data}", "--out", "{out}"], "checkpoint"),
         (export.main, ["{missing}", "--data", "{data}", "--figures", "{missing}", "--compare"], "--packed"),

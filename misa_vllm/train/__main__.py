@@ -21,9 +21,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="wall-clock time of this run")
     text = "part of the whole training done when this run ends, 0 to 1, or the name of its last stage (default: 1)"
     parser.add_argument("--until", default="1", metavar="PART", help=text)
-    parser.add_argument("--resume", type=Path, help="folder of a checkpoint to go on from")
+    parser.add_argument("--resume", type=Path, help="folder of a checkpoint, or of a packed model, to go on from")
     text = "resume with untrained indexers, at the beginning of the plan; --plan indexer trains nothing else"
     parser.add_argument("--new-indexers", action="store_true", help=text)
+    text = "weight in the indexer's loss of the logarithm of how many heads count for a query (default: 0)"
+    parser.add_argument("--concentrate", type=float, default=0.0, metavar="WEIGHT", help=text)
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches; 0: none, this one does")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", default="misa")
@@ -40,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         options["until"] = _progress(plan, options["until"])
         if options["minutes"] * 60 <= options["finish_seconds"] and not options["smoke"]:
             raise ValueError(f"--minutes is {options['minutes']}: choose more than --finish-seconds leaves")
+        if not options["concentrate"] >= 0:
+            raise ValueError(f"--concentrate is {options['concentrate']}: choose 0 or more")
         vocabulary = len(Encoder(options["data"] / "tokenizer.json"))
         page = train(with_vocabulary(plan, vocabulary), Options(**options), log=lambda line: print(line, flush=True))
     except (ValueError, OSError, RuntimeError) as error:

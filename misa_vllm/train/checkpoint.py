@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from misa_vllm.models import trained
 from misa_vllm.train.model import DsaModel, ModelSize
 
 STATE = "state.json"
@@ -36,11 +37,13 @@ def save(folder: Path, model: DsaModel, state: dict) -> list[Path]:
 
 
 def load(folder: Path, device="cpu") -> tuple[DsaModel, dict]:
-    """The model and the page of a checkpoint.
+    """The model and the page of a checkpoint, or of a packed model, whose training counts as done.
 
     Raises:
         ValueError: there is none, or files of it are missing or damaged; one line.
     """
+    if not (folder / STATE).is_file() and (folder / trained.WEIGHTS).is_file():
+        return _load_packed(folder, device)
     try:
         page = json.loads((folder / STATE).read_text(encoding="utf-8"))
         model = DsaModel(ModelSize(**page["size"]))
@@ -53,3 +56,15 @@ def load(folder: Path, device="cpu") -> tuple[DsaModel, dict]:
     parts = torch.from_numpy(flat).split([t.numel() for t in tensors.values()])
     model.load_state_dict({name: part.view_as(t) for (name, t), part in zip(tensors.items(), parts, strict=True)})
     return model.to(device), page
+
+
+def _load_packed(folder: Path, device) -> tuple[DsaModel, dict]:
+    """What `misa_vllm.models.trained` packed; its int8 rounding stays in the weights."""
+    try:
+        tensors, size = trained.read_packed(folder)
+        model = DsaModel(ModelSize(**size))
+        model.load_state_dict(tensors)
+    except (OSError, TypeError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{folder} holds no whole packed model ({said}): copy all its files again") from error
+    return model.to(device), {"progress": 1.0, "stage_steps": {}, "steps": 0, "tokens": 0, "size": size}

@@ -347,17 +347,25 @@ def task_words() -> str:
     return "".join(f" {word}" for word in (*ADJECTIVES, *NOUNS)) * TASK_WORD_REPEATS
 
 
-def write(folder: Path, vocabulary: int = VOCABULARY, cache: Path | None = None, log=print) -> dict:
-    """Collect, tokenise and pack everything into `folder`; returns what corpus.json says."""
+def write(
+    folder: Path, vocabulary: int = VOCABULARY, cache: Path | None = None, log=print, tokenizer: Path | None = None
+) -> dict:
+    """Collect, tokenise and pack everything into `folder`; returns what corpus.json says.
+
+    tokenizer: of a trained model, to be used instead of a new one.
+    """
     import numpy as np
+    from tokenizers import Tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         found, provenance = collect(cache or Path(scratch), log)
     order = sorted(range(len(found)), key=lambda i: zlib.crc32(f"{i}/{found[i][1][:200]}".encode()))
     found = [found[i] for i in order]
-    # the tokenizer sees every fourth document: a quarter of the text fixes 4096 tokens well enough
-    tokenizer = train_tokenizer([text for _, text in found[::4]] + [task_words()], vocabulary)
+    if tokenizer:
+        tokenizer = Tokenizer.from_file(str(tokenizer))
+    else:  # it sees every fourth document: a quarter of the text fixes 4096 tokens well enough
+        tokenizer = train_tokenizer([text for _, text in found[::4]] + [task_words()], vocabulary)
     tokenizer.save(str(folder / "tokenizer.json"))
     end = tokenizer.token_to_id(END)
     split = {"train": [], "heldout": []}
@@ -393,11 +401,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where the corpus goes")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help=f"tokens, default {VOCABULARY}")
     parser.add_argument("--cache", type=Path, help="keep the downloaded packages here")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of a trained model, to train it further")
     options = parser.parse_args(arguments)
     try:
+        if options.tokenizer and not options.tokenizer.is_file():
+            raise OSError(f"there is no {options.tokenizer}: name a model's tokenizer.json")
         if options.cache:
             options.cache.mkdir(parents=True, exist_ok=True)
-        write(options.folder, options.vocabulary, options.cache)
+        write(options.folder, options.vocabulary, options.cache, tokenizer=options.tokenizer)
     except (RuntimeError, OSError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from misa_vllm import reference
 from misa_vllm.models import trained
 from misa_vllm.train import checkpoint, kernels
-from misa_vllm.train.model import DENSE, SPARSE, DsaModel
+from misa_vllm.train.model import DENSE, SPARSE, DsaModel, rope_tables
 from misa_vllm.train.size import ModelSize
 from misa_vllm.train.tasks import Corpus, needle_prompt
 
@@ -30,6 +31,8 @@ WHOLE = 64  # prompts are filled up to multiples of this: few shapes for the ker
 LENGTHS = tuple(2**i for i in range(10, 18))
 PERPLEXITY_LENGTHS = (1024, 4096, 32768)
 ROUND_TOKENS = 32768  # of one depth's prompts in a round
+KEPT_LENGTHS, KEPT_QUERIES = (8192, 32768, 131072), 64
+KEPT_HEADS, KEPT_BLOCK = 8, 1024  # the defaults of misa_vllm.config
 
 
 def autocast(device: torch.device):
@@ -80,6 +83,57 @@ def perplexity(model: DsaModel, tokens: np.ndarray, length: int, windows: int, m
             losses, _ = model.token_losses(hidden, batch[:, 1:])
         total += losses.double().sum().item()
     return math.exp(total / (windows * length))
+
+
+@torch.no_grad()
+def kept_by_misa(
+    model: DsaModel, tokens: np.ndarray, lengths=None, heads: int = KEPT_HEADS, pool_block: int = KEPT_BLOCK, log=print
+) -> dict[str, list[float]]:
+    """`kept/LENGTH`: mean share of exact DSA's tokens that `heads` routed heads select too, layer by layer.
+
+    Of `KEPT_QUERIES` queries in the second half of the first window of that length in `tokens`; `negative/LENGTH` is
+    the share of negative gates there. Lengths that model or text do not reach, and those whose second half sees no
+    more than the top-k or no whole pool block, are left out. The layers' inputs are those of dense attention, which
+    costs a tenth of DSA's in training code and hardly changes them.
+    """
+    device, topk, found = next(model.parameters()).device, model.size.topk, {}
+    layers = [layer.self_attn for layer in model.model["layers"]]
+    for length in KEPT_LENGTHS if lengths is None else lengths:
+        if length > min(model.size.max_position, len(tokens)) or length // 2 < max(topk + 1, pool_block):
+            continue
+        window = torch.from_numpy(tokens[:length].astype(np.int64)).to(device)
+        rows = torch.linspace(length // 2, length - 1, KEPT_QUERIES, device=device).long()
+        rope = rope_tables(model.size, torch.arange(length, device=device))
+        shares, negative = [], []
+
+        def look(attention, arguments, rows=rows, rope=rope, shares=shares, negative=negative):
+            x = arguments[0]  # [1, length, hidden]
+            keys = attention.indexer.keys(x, rope)[0].float()
+            latent = attention.q_a_layernorm(attention.q_a_proj(x[0, rows]))
+            q, gates = attention.indexer.queries(x[0, rows], latent, [table[rows] for table in rope])
+            # not rounded by autocast: to bf16's eight bits thousands of tokens would tie
+            with torch.autocast(device.type, enabled=False):
+                best = (
+                    reference.dsa(q, gates, keys, rows + 1, topk),
+                    reference.misa(q, gates, keys, rows + 1, topk, min(heads, q.shape[1]), pool_block),
+                )
+            blank = torch.zeros(len(rows), len(keys), dtype=torch.bool, device=device)
+            chosen = [blank.scatter(1, tokens.long(), True) for tokens in best]
+            shares.append((chosen[0] & chosen[1]).sum() / (topk * len(rows)))
+            negative.append((gates < 0).float().mean())
+
+        hooks = [attention.register_forward_pre_hook(look) for attention in layers]
+        try:
+            with autocast(device):
+                model(window.unsqueeze(0), DENSE)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, values in (("kept", shares), ("negative", negative)):
+            found[f"{name}/{length}"] = [round(value, 4) for value in torch.stack(values).tolist()]
+        shown = ("  ".join(f"{value:.1%}" for value in found[f"{name}/{length}"]) for name in ("kept", "negative"))
+        log("   kept by {} heads {:6}: {}   negative gates: {}".format(heads, length, *shown))
+    return found
 
 
 # ---------------------------------------------------------------- the whole picture
@@ -156,6 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
             "torch": torch.__version__,
         }
         shipped.to(device)
+        about |= kept_by_misa(shipped, held_out.tokens, log=lambda line: print(line, flush=True))
         for found in measure(
             shipped, held_out, lengths, options.seconds, options.tokens, log=lambda line: print(line, flush=True)
         ):

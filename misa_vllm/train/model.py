@@ -35,6 +35,7 @@ EMBEDDING_STD = 0.5  # times hidden ** -0.5: the first logits' spread
 COMMON_COMPONENT = 8.0
 NEIGHBOUR_LOGIT = 12.0
 GATE_START = 0.5  # every gate's weight for that component, which is 2 to 6 in the attention's inputs
+COUNTED_KEYS = 256  # of a query, on which it is counted how many heads matter to it
 
 
 def remade(function, *arguments):
@@ -110,6 +111,10 @@ class Indexer(nn.Module):
     def __init__(self, size: ModelSize) -> None:
         super().__init__()
         self.size = size
+        self.concentrate = 0.0
+        """Weight of `concentration` in the loss; 0: it is measured alone."""
+        self.figures: torch.Tensor | None = None
+        """[3] float32, of the last loss: KL divergence, heads that count, share of what negative gates contribute."""
         self.wq_b = linear(size.q_lora_rank, size.index_heads * size.index_head_dim)
         self.wk = linear(size.hidden, size.index_head_dim)
         self.k_norm = nn.LayerNorm(size.index_head_dim, eps=1e-6)
@@ -453,8 +458,11 @@ def indexer_loss(
     The target is attention summed over heads and L1-normalised, over all earlier tokens (report, eq. 3) or, with
     `selected` [B, N, topk], over the selected ones (eq. 4). The attention's q and k [B, heads, N, D] carry no gradient,
     and only the indexer's parameters get one. Queries are counted from `before`, the position of the first of q's.
+
+    `indexer.concentrate` adds that times log(heads that count) and the share of what negative gates contribute;
+    `indexer.figures` tells both of them, and the divergence, whatever the weight.
     """
-    chunk, losses = max(1, KL_PAIRS // k.shape[2]), []
+    chunk, losses, counted = max(1, KL_PAIRS // k.shape[2]), [], []
 
     def one_chunk(keys, hidden, latent, row_q, k, some, chosen):
         index_q, gates = indexer.queries(hidden, latent, [table[before + some] for table in rope])
@@ -470,14 +478,59 @@ def indexer_loss(
             score = kernels.differentiable_scores(index_q, keys[chosen], gates)
         with torch.no_grad():
             target = attention.masked_fill_(left_out, -torch.inf).softmax(-1).mean(0)
-        return divergence(target, score.masked_fill(left_out, -torch.inf), left_out)
+            tokens = telling_tokens(target, before + some + 1, chosen)
+        loss = divergence(target, score.masked_fill(left_out, -torch.inf), left_out)
+        # last, for the backward pass computes again only as far as it needs
+        with torch.set_grad_enabled(indexer.concentrate > 0 and torch.is_grad_enabled()):
+            # the keys are the same for all heads, so they are left out of it
+            heads = concentration(index_q, gates, keys.detach()[tokens])
+        return loss, *heads
 
     for b in range(rows.shape[0]):
         for some in rows[b].split(chunk):
             chosen = None if selected is None else selected[b, some].long()
             part = keys[b], hidden[b, some], latent[b, some], q[b, :, some], k[b], some, chosen
-            losses.append(remade(one_chunk, *part))
-    return torch.cat(losses).mean()
+            loss, *heads = remade(one_chunk, *part)
+            losses.append(loss)
+            counted.append(torch.stack(heads))
+    loss, counted = torch.cat(losses).mean(), torch.cat(counted, dim=1)  # [2, B * R]
+    indexer.figures = torch.stack([loss, *counted.mean(1)]).detach()
+    if not indexer.concentrate:
+        return loss
+    return loss + indexer.concentrate * (counted[0].log() + counted[1]).mean()
+
+
+def telling_tokens(target: torch.Tensor, visible: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
+    """[R, COUNTED_KEYS] int64: half where the attention `target` [R, N] goes, half spread over `visible` [R] tokens.
+
+    Evenly spaced quantiles of both: no chance is in it, so the backward pass finds the same tokens again.
+    chosen [R, N]: the tokens that target's entries stand for, unless they are 0, 1, ...
+    """
+    half = COUNTED_KEYS // 2
+    places = (torch.arange(half, device=target.device) + 0.5) / half
+    mass = target.cumsum(-1)
+    attended = torch.searchsorted(mass, places * mass[:, -1:]).clamp_(max=target.shape[1] - 1)
+    if chosen is not None:
+        attended = chosen.gather(-1, attended)
+    spread = (places * visible.unsqueeze(-1)).long()
+    return torch.minimum(torch.cat((attended, spread), dim=-1), visible.unsqueeze(-1) - 1)
+
+
+def concentration(q: torch.Tensor, gates: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many heads count for a query, [R] in 1 to H, and what share of it has a negative gate, [R] in 0 to 1.
+
+    q [R, H, D], gates [R, H], keys [R, S, D] of tokens that are worth telling apart.
+
+    A head contributes c = |w| times the standard deviation of relu(q . k) over those tokens; (sum c)^2 / sum c^2 heads
+    count. The deviation, not the mean, for a selection depends on differences alone: what a head gives to all tokens
+    alike changes nothing in it, and were the mean to count, one head with a constant would look like all of the work
+    at no cost to the divergence.
+    """
+    products = torch.einsum("mhd,msd->mhs", q, keys).relu().float()
+    # the small numbers keep gradients finite where a query sees one token, or no head has a product above zero
+    parts = gates.float().abs() * (products.var(-1, correction=0) + 1e-6).sqrt()
+    shares = parts / (parts.sum(-1, keepdim=True) + 1e-9)
+    return 1 / (shares.square().sum(-1) + 1e-6), (shares * (gates < 0)).sum(-1)
 
 
 def divergence(target: torch.Tensor, score: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

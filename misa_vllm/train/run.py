@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from misa_vllm.models import trained
 from misa_vllm.train import batches, checkpoint, kernels
 from misa_vllm.train.batches import Batch
-from misa_vllm.train.evaluate import DEPTHS, autocast, needle_accuracy, perplexity
+from misa_vllm.train.bpe import Encoder
+from misa_vllm.train.evaluate import DEPTHS, autocast, kept_by_misa, needle_accuracy, perplexity
 from misa_vllm.train.model import DENSE, SPARSE, DsaModel
 from misa_vllm.train.optim import Optimizer
 from misa_vllm.train.plan import Plan, Stage
@@ -46,6 +48,8 @@ class Options:
     resume: Path | None = None
     new_indexers: bool = False
     """Resume with indexers that have learnt nothing, and at the beginning of the plan."""
+    concentrate: float = 0.0
+    """Weight in the indexer's loss of the logarithm of how many heads count for a query."""
     workers: int = 0
     device: str = "cpu"
     seed: str = "misa"
@@ -71,7 +75,7 @@ class Trainer:
         self.optimizer: Optimizer | None = None
         self.index_optimizer: Optimizer | None = None
         self.sums = torch.zeros(3, len(TASKS), dtype=torch.float64, device=device)
-        self.kl_sum = torch.zeros(2, device=device)
+        self.index_sums = torch.zeros(4, device=device)  # of the indexers' figures, and of steps
         self.norm = torch.zeros((), device=device)
 
     def prepare(self, stage: Stage) -> None:
@@ -103,24 +107,29 @@ class Trainer:
         loss = (losses * weights).sum() / weights.sum()
         total = loss * stage.train_model + (kl if kl_rows is not None else 0.0)
         total.backward()
+        figures = torch.zeros(3, device=self.device)
+        if kl_rows is not None:
+            figures = torch.stack([layer.self_attn.indexer.figures for layer in self.model.model["layers"]]).mean(0)
         with torch.no_grad():
             scored = tasks != NOT_SCORED
             slots = tasks.where(scored, 0)
             for row, values in enumerate((losses, right, torch.ones_like(losses))):
                 self.sums[row].index_add_(0, slots, values.double() * scored)
-            self.kl_sum += torch.stack([kl.detach().float(), kl.new_ones((), dtype=torch.float32)])
+            self.index_sums += torch.cat([figures, figures.new_ones(1)])
         if self.optimizer:
             self.norm = self.optimizer.step(scale)
         if self.index_optimizer and stage.kl_rows:
             self.index_optimizer.step(scale)
 
     def take_figures(self) -> dict:
-        """Means since the last call: loss and share of right tokens per task, the indexer's loss."""
+        """Means since the last call: loss and share of right tokens per task, the indexer's loss and heads."""
         loss, right, count = self.sums.cpu().tolist()
-        kl, steps = self.kl_sum.tolist()
+        kl, heads, against, steps = self.index_sums.tolist()
         self.sums.zero_()
-        self.kl_sum.zero_()
+        self.index_sums.zero_()
         figures = {"kl": kl / max(1, steps), "norm": float(self.norm)}
+        if heads:
+            figures |= {"heads": round(heads / steps, 2), "against": round(against / steps, 4)}
         for number, task in enumerate(TASKS):
             if count[number]:
                 figures[task] = round(loss[number] / count[number], 4)
@@ -185,6 +194,7 @@ def train(plan: Plan, options: Options, log=print) -> dict:
             torch.manual_seed(batches.number_of(options.seed) % 2**31)
             model.start_indexers()
             page["progress"] = 0.0
+        _check_tokenizer(options.resume / trained.TOKENIZER, options.data / trained.TOKENIZER)
     else:
         torch.manual_seed(batches.number_of(options.seed) % 2**31)
         model, page = DsaModel(plan.size).to(device), {"progress": 0.0, "stage_steps": {}, "steps": 0, "tokens": 0}
@@ -198,6 +208,8 @@ def train(plan: Plan, options: Options, log=print) -> dict:
         device, size.heads, size.index_heads, size.head_dim, size.index_head_dim, size.topk
     ):
         log(line)
+    for layer in model.model["layers"]:
+        layer.self_attn.indexer.concentrate = options.concentrate
     trainer = Trainer(plan, model, device)
     parameters = sum(p.numel() for p in model.parameters())
     log(f"{parameters / 1e6:.2f} M parameters on {device}, progress {page['progress']:.3f} to {options.until}")
@@ -213,6 +225,15 @@ def train(plan: Plan, options: Options, log=print) -> dict:
         curves.close()
         if pool:
             pool.terminate()
+
+
+def _check_tokenizer(of_model: Path, of_data: Path) -> None:
+    """Raise ValueError where a packed model, which has a tokenizer beside it, and the data have different ones."""
+    if of_model.is_file() and Encoder(of_model).ids != Encoder(of_data).ids:
+        raise ValueError(
+            f"{of_data} is not the tokenizer of {of_model.parent}: make the data with "
+            f"misa_vllm.train.corpus --tokenizer {of_model}"
+        )
 
 
 class _Loop:
@@ -242,7 +263,7 @@ class _Loop:
                 source = batches.stream(
                     options.seed, stage, page["stage_steps"].get(stage.name, 0), plan.size.max_position - 1, pool
                 )
-                warm = WARM_STEPS if page["steps"] == 0 else REWARM_STEPS
+                warm = REWARM_STEPS if page["steps"] or options.resume else WARM_STEPS
                 changed = current is None or current.train_model != stage.train_model or bool(
                     current.kl_rows
                 ) != bool(stage.kl_rows)
@@ -400,7 +421,8 @@ class _Loop:
         shown = " ".join(f"{t} {figures[t]:.2f}/{figures[f'{t}_right']:.2f}" for t in TASKS if t in figures)
         self.log(
             f"{record['seconds']:6.0f}s p{record['progress']:.3f} {stage.name:12} {page['tokens'] / 1e6:8.2f}M "
-            f"{tokens_per_s / 1e3:6.0f}k/s {memory:4.0f}G kl {figures['kl']:.3f} |g| {figures['norm']:.2f} {shown}"
+            f"{tokens_per_s / 1e3:6.0f}k/s {memory:4.0f}G kl {figures['kl']:.3f} heads {figures.get('heads', 0):.1f} "
+            f"|g| {figures['norm']:.2f} {shown}"
         )
         finite = all(math.isfinite(value) for value in figures.values())
         if finite and time.monotonic() - self.saved > SAVE_SECONDS:
@@ -448,6 +470,10 @@ class _Loop:
             self.log(f"   held-out perplexity {mode:6} at {length}: {value:.3f}")
         record["seconds"] = round(time.monotonic() - began, 1)
         self._write(record)
+        if last and self.trainer.index_optimizer:
+            kept = kept_by_misa(model, self.held_out.tokens, log=self.log)
+            if kept:
+                self._write({name: record[name] for name in ("evaluation", "progress")} | kept)
 
     def _modes(self) -> list[str]:
         return [DENSE, SPARSE] if self.trainer.index_optimizer else [DENSE]
