@@ -107,17 +107,18 @@ def kept_by_misa(
         shares, negative = [], []
 
         def look(attention, arguments, rows=rows, rope=rope, shares=shares, negative=negative):
-            x = arguments[0]
+            x = arguments[0]  # [1, length, hidden]
             keys = attention.indexer.keys(x, rope)[0].float()
             latent = attention.q_a_layernorm(attention.q_a_proj(x[0, rows]))
             q, gates = attention.indexer.queries(x[0, rows], latent, [table[rows] for table in rope])
-            chosen = [
-                torch.zeros(len(rows), len(keys), dtype=torch.bool, device=x.device).scatter_(1, best.long(), True)
-                for best in (
+            # not rounded by autocast: to bf16's eight bits thousands of tokens would tie
+            with torch.autocast(device.type, enabled=False):
+                best = (
                     reference.dsa(q, gates, keys, rows + 1, topk),
                     reference.misa(q, gates, keys, rows + 1, topk, min(heads, q.shape[1]), pool_block),
                 )
-            ]
+            blank = torch.zeros(len(rows), len(keys), dtype=torch.bool, device=device)
+            chosen = [blank.scatter(1, tokens.long(), True) for tokens in best]
             shares.append((chosen[0] & chosen[1]).sum() / (topk * len(rows)))
             negative.append((gates < 0).float().mean())
 

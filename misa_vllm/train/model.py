@@ -479,10 +479,12 @@ def indexer_loss(
         with torch.no_grad():
             target = attention.masked_fill_(left_out, -torch.inf).softmax(-1).mean(0)
             tokens = telling_tokens(target, before + some + 1, chosen)
+        loss = divergence(target, score.masked_fill(left_out, -torch.inf), left_out)
+        # last, for the backward pass computes again only as far as it needs
         with torch.set_grad_enabled(indexer.concentrate > 0 and torch.is_grad_enabled()):
             # the keys are the same for all heads, so they are left out of it
             heads = concentration(index_q, gates, keys.detach()[tokens])
-        return divergence(target, score.masked_fill(left_out, -torch.inf), left_out), *heads
+        return loss, *heads
 
     for b in range(rows.shape[0]):
         for some in rows[b].split(chunk):
@@ -499,7 +501,7 @@ def indexer_loss(
 
 
 def telling_tokens(target: torch.Tensor, visible: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
-    """[R, COUNTED_KEYS] int64: half where the attention `target` [R, N] goes, half spread over the `visible` [R] tokens.
+    """[R, COUNTED_KEYS] int64: half where the attention `target` [R, N] goes, half spread over `visible` [R] tokens.
 
     Evenly spaced quantiles of both: no chance is in it, so the backward pass finds the same tokens again.
     chosen [R, N]: the tokens that target's entries stand for, unless they are 0, 1, ...

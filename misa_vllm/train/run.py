@@ -421,7 +421,8 @@ class _Loop:
         shown = " ".join(f"{t} {figures[t]:.2f}/{figures[f'{t}_right']:.2f}" for t in TASKS if t in figures)
         self.log(
             f"{record['seconds']:6.0f}s p{record['progress']:.3f} {stage.name:12} {page['tokens'] / 1e6:8.2f}M "
-            f"{tokens_per_s / 1e3:6.0f}k/s {memory:4.0f}G kl {figures['kl']:.3f} heads {figures.get('heads', 0):.1f} |g| {figures['norm']:.2f} {shown}"
+            f"{tokens_per_s / 1e3:6.0f}k/s {memory:4.0f}G kl {figures['kl']:.3f} heads {figures.get('heads', 0):.1f} "
+            f"|g| {figures['norm']:.2f} {shown}"
         )
         finite = all(math.isfinite(value) for value in figures.values())
         if finite and time.monotonic() - self.saved > SAVE_SECONDS:
@@ -471,7 +472,8 @@ class _Loop:
         self._write(record)
         if last and self.trainer.index_optimizer:
             kept = kept_by_misa(model, self.held_out.tokens, log=self.log)
-            self._write({name: record[name] for name in ("evaluation", "progress")} | kept)
+            if kept:
+                self._write({name: record[name] for name in ("evaluation", "progress")} | kept)
 
     def _modes(self) -> list[str]:
         return [DENSE, SPARSE] if self.trainer.index_optimizer else [DENSE]
