@@ -106,6 +106,11 @@ def greedy(llm: LLM, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def agreement(one: list[int], other: list[int]) -> int:
+    """How many leading tokens are the same: on GPUs attention's rounding may show in the next one."""
+    return next((n for n, (left, right) in enumerate(zip(one, other)) if left != right), min(len(one), len(other)))
+
+
 class Engine:
     """An engine under `misa` that routes at any length, by pool blocks of a page; every layer's selections are recorded."""
 

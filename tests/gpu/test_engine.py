@@ -19,6 +19,7 @@ OPTIONS = {
     "max_num_seqs": 64,
     "max_num_batched_tokens": 8192,
     # all 64 prompts at once; given in bytes, as other tests may share the GPU
+    "gpu_memory_utilization": 0.1,
     "kv_cache_memory_bytes": 6 * 2**30,
 }
 
