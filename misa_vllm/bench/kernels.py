@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=count, default=2048, help="selected tokens (default: %(default)s)")
     parser.add_argument("--pool-block", type=count, default=1024, help="B (default: %(default)s)")
     parser.add_argument("--candidates", type=count, default=8192, help="C, hierarchical (default: %(default)s)")
-    parser.add_argument("--min-context", type=at_least(0), help="as the option of the backend (default: the backend's)")
+    parser.add_argument("--min-context", type=at_least(0), help="the backend's option (default: 0)")
     parser.add_argument("--rows", type=count, default=2048, help="prefill: queries M (default: %(default)s)")
     keys = [32768, 65536, 131072]
     parser.add_argument("--keys", type=count, nargs="+", default=keys, help="prefill: N (default: 32768 65536 131072)")
