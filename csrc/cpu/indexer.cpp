@@ -11,6 +11,7 @@ namespace {
 
 constexpr int32_t kNoToken = -1;
 constexpr int kMaxHeads = 256;
+constexpr int kHeadsPerItem = 16;  // of the router
 
 // Transient scores of one batch of rows: kept in the last-level cache, unless contexts are so long that too few
 // rows would share the widened keys.
@@ -323,7 +324,6 @@ void route_heads(const Tensor& q, const Tensor& gates, const Tensor& index_cache
       simd().transpose_vectors(vectors, panels.get() + item * panel_floats);
     });
 
-    constexpr int kHeadsPerItem = 16;
     const int64_t count = (int64_t)(end - begin), parts = (all_heads + kHeadsPerItem - 1) / kHeadsPerItem;
     const Buffer<float> score(count * all_heads);
     parallel_items(count * parts, [&](int64_t item) {
@@ -382,23 +382,30 @@ void route_heads_by_signs(const Tensor& q, const Tensor& gates, const Tensor& in
     const int64_t first = first_of_request[item], last = first_of_request[item + 1];
     const int64_t tokens = blocks_of(members[last - 1]) * pool_block;
     const std::vector<int64_t> pages = rows.pages(rows.request[members[first]], tokens, cache.rows);
+    std::vector<const uint16_t*> means(pages.size());
+    for (size_t p = 0; p < pages.size(); ++p) means[p] = (const uint16_t*)(cache[pages[p]] + kMeanOffset);
     float total[2 * kDim] = {};
     int64_t added = 0;
     for (int64_t i = first; i < last; ++i) {
       if (i > first && line_of_row[i] == line_of_row[i - 1]) continue;
-      for (const int64_t end = blocks_of(members[i]) * pages_per_block; added < end; ++added)
-        simd().add_halves((const uint16_t*)(cache[pages[added]] + kMeanOffset), total);
+      const int64_t end = blocks_of(members[i]) * pages_per_block;
+      simd().add_halves(means.data() + added, (int)(end - added), total);
+      added = end;
       std::copy(total, total + 2 * kDim, sums.get() + line_of_row[i] * 2 * kDim);
     }
   });
-  parallel_items(count, [&] { return Buffer<float>(all_heads * kDim); }, [&](int64_t i, const Buffer<float>& widened) {
-    const int64_t m = members[i];
-    for (int j = 0; j < all_heads; ++j) simd().widen_fp8(q8.at(m, j), kDim, widened.get() + j * kDim);
-    float score[kMaxHeads];
-    simd().dot_signed(widened.get(), all_heads, sums.get() + line_of_row[i] * 2 * kDim, score);
-    for (int j = 0; j < all_heads; ++j) score[j] *= std::fabs(gate.at(m, j));
-    top_heads(score, all_heads, h, routed, m);
+  const int64_t parts = (all_heads + kHeadsPerItem - 1) / kHeadsPerItem;
+  const Buffer<float> score(count * all_heads);
+  parallel_items(count * parts, [&](int64_t item) {
+    const int64_t i = item / parts, m = members[i];
+    const int first = (int)(item % parts) * kHeadsPerItem, some = std::min(kHeadsPerItem, all_heads - first);
+    float widened[kHeadsPerItem * kDim];
+    for (int j = 0; j < some; ++j) simd().widen_fp8(q8.at(m, first + j), kDim, widened + j * kDim);
+    float* own = score.get() + i * all_heads + first;
+    simd().dot_signed(widened, some, sums.get() + line_of_row[i] * 2 * kDim, own);
+    for (int j = 0; j < some; ++j) own[j] *= std::fabs(gate.at(m, first + j));
   });
+  for (int64_t i = 0; i < count; ++i) top_heads(score.get() + i * all_heads, all_heads, h, routed, members[i]);
 }
 
 }  // namespace misa

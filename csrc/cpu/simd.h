@@ -41,8 +41,8 @@ struct Simd {
   // sums[j] = sum over the first `count` vectors in the panels of relu(q[j] . vector).
   void (*sum_relu)(const float* q, int heads, const float* panels, int count, float* sums);
 
-  // sums [2][kDim] += fp16 bits [2][kDim] of values that are not negative.
-  void (*add_halves)(const uint16_t* bits, float* sums);
+  // sums [2][kDim] += `count` vectors [2][kDim] of fp16 values that are not negative, one after the other.
+  void (*add_halves)(const uint16_t* const* vectors, int count, float* sums);
 
   // sums[j] = relu(q[j]) . signed[0] + relu(-q[j]) . signed[1]; q [heads][kDim], signed [2][kDim].
   void (*dot_signed)(const float* q, int heads, const float* signed_sums, float* sums);

@@ -281,26 +281,33 @@ void narrow_half(const float* values, int count, uint16_t* bits) {
   }
 }
 
-void add_halves(const uint16_t* bits, float* sums) {
 #if defined(__AVX512F__)
-  for (int i = 0; i < 2 * kDim; i += 16) {
-    const __m512 values = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(bits + i)));
-    _mm512_storeu_ps(sums + i, _mm512_add_ps(_mm512_loadu_ps(sums + i), values));
-  }
+inline Vec load_halves(const uint16_t* bits) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)bits)); }
 #elif defined(__AVX2__)
-  for (int i = 0; i < 2 * kDim; i += 8) {
-    const __m256 values = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(bits + i)));
-    _mm256_storeu_ps(sums + i, _mm256_add_ps(_mm256_loadu_ps(sums + i), values));
-  }
+inline Vec load_halves(const uint16_t* bits) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)bits)); }
 #else
-  for (int i = 0; i < 2 * kDim; ++i) {
+inline Vec load_halves(const uint16_t* bits) {
+  Vec values;
+  for (int i = 0; i < kLanes; ++i) {
     // normal: move the exponent's bias; subnormal: steps of 2^-24, without fp32 subnormals, which a thread may flush
     const uint32_t moved = ((uint32_t)bits[i] << 13) + (112u << 23);
     float normal;
     memcpy(&normal, &moved, 4);
-    sums[i] += bits[i] < 0x400 ? (float)(int)bits[i] * 0x1p-24f : normal;
+    values[i] = bits[i] < 0x400 ? (float)(int)bits[i] * (1.0f / 16777216) : normal;
   }
+  return values;
+}
 #endif
+
+void add_halves(const uint16_t* const* vectors, int count, float* sums) {
+  constexpr int kColumns = 8;  // as many sums as registers hold
+  for (int d = 0; d < 2 * kDim; d += kColumns * kLanes) {
+    Vec total[kColumns];
+    for (int v = 0; v < kColumns; ++v) total[v] = load(sums + d + v * kLanes);
+    for (int i = 0; i < count; ++i)
+      for (int v = 0; v < kColumns; ++v) total[v] += load_halves(vectors[i] + d + v * kLanes);
+    for (int v = 0; v < kColumns; ++v) store(sums + d + v * kLanes, total[v]);
+  }
 }
 
 template <int kHeads>
