@@ -32,7 +32,7 @@ class IndexerSettings:
     statistic: str = STATISTICS[0]
     """Of `STATISTICS`: what the index cache's pages hold, and the router ranks heads by."""
     routes_heads: bool = True
-    """Whether the policy routes, and therefore needs the statistic of each page; one that does not is stock DSA on CUDA."""
+    """Whether the policy routes, and so needs the statistic of each page; one that does not is stock DSA on CUDA."""
 
     @property
     def route_from(self) -> int:

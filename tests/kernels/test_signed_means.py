@@ -1,8 +1,11 @@
 """The statistic mean_positive: `update_signed_means` and `route_heads_by_signs` of every implementation."""
 
+import importlib.util
+import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +13,11 @@ import torch
 from misa_vllm import reference
 from misa_vllm.eval.statistics import mean_positive
 from misa_vllm.index_cache import MEAN_OFFSET, PAGE_TOKENS, keys_view, scales_view, signed_means_view
+from misa_vllm.indexer import Indexer
 from misa_vllm.rows import QueryRows
+from misa_vllm.settings import IndexerSettings
 
-from .cases import Case, assert_best, make_case
+from .cases import WILD_PAGE, Case, assert_best, make_case
 from .conftest import Subject
 from .test_route import VISIBLE, slots_of
 
@@ -93,7 +98,7 @@ def test_the_reference_is_what_is_evaluated():
     scores = mean_positive(case.q.float(), case.gates, case.keys[0].float(), case.rows.visible, 64)
     for m in range(len(case)):
         expected, _ = scores_of(case, m, 64)
-        torch.testing.assert_close(scores[m].double() * 1, expected, rtol=HALF_STEP, atol=1e-6)
+        torch.testing.assert_close(scores[m].double(), expected, rtol=HALF_STEP, atol=1e-6)
 
 
 # ---------------------------------------------------------------- routing
@@ -238,8 +243,8 @@ def test_means_that_float16_can_hardly_hold(signs, magnitude):
     """Below its normal numbers they lose digits, above its largest they stay there."""
     case = make_case([[64]], device=signs.device)
     page = int(case.rows.block_table[0, 0])
-    scales_view(case.index_cache)[page] *= 2.0 ** round(torch.tensor(magnitude).log2().item())
-    scale = 2.0 ** round(torch.tensor(magnitude).log2().item())
+    scale = 2.0 ** round(math.log2(magnitude))
+    scales_view(case.index_cache)[page] *= scale
     signs.kernels.update_signed_means(case.index_cache, slots_of(case, 0, torch.arange(64, device=signs.device)))
     keys = case.keys[0] * scale
     wanted = torch.stack([keys.relu().mean(dim=0), (-keys).relu().mean(dim=0)]).clamp(max=65504.0)
@@ -277,3 +282,58 @@ def test_every_cpu_variant(cpu_kernels, isa):
         pytest.skip(f"no {isa} on this machine")
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
+
+
+def test_values_that_would_read_elsewhere_are_refused(cpu_kernels):
+    case = make_signed_case([[300]])
+    with pytest.raises(RuntimeError, match="slot_mapping entry"):
+        cpu_kernels.update_signed_means(case.index_cache, torch.tensor([WILD_PAGE]))
+    case.rows.block_table[0, 3] = WILD_PAGE
+    with pytest.raises(RuntimeError, match="block_table entry"):
+        cpu_kernels.route_heads_by_signs(case.q, case.gates, case.index_cache, case.rows, 8, 64)
+    case.rows.request[0] = 1
+    with pytest.raises(RuntimeError, match="request"):
+        cpu_kernels.route_heads_by_signs(case.q, case.gates, case.index_cache, case.rows, 8, 64)
+
+
+# ---------------------------------------------------------------- who computes it
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_cuda_takes_tritons():
+    from misa_vllm.kernels import cuda
+    from misa_vllm.kernels.triton import signed_means
+
+    for name in ("update_signed_means", "route_heads_by_signs", "signs_workspace_bytes"):
+        assert getattr(cuda, name) is getattr(signed_means, name)
+    with pytest.raises(AttributeError, match="route_by_median"):
+        cuda.route_by_median
+
+
+@pytest.mark.parametrize("policy, routed_by", [("misa", "signs"), ("hierarchical", "signs"), ("dsa", None)])
+def test_policies_route_by_the_statistic(policy, routed_by):
+    """Neither the means nor what routes by them is used, also where an implementation has one launch for both."""
+    case = make_signed_case([[300, 200, 20]])
+    settings = IndexerSettings(policy, 64, 20, 8, 64, 40, 0, statistic="mean_positive", routes_heads=policy != "dsa")
+    called = []
+    indexer = Indexer(settings, "cpu")
+    indexer.kernels = SimpleNamespace(
+        select_tokens=reference.select_tokens,
+        rerank_tokens=reference.rerank_tokens,
+        route_and_select=None if policy == "dsa" else pytest.fail,
+        route_heads_by_signs=lambda *args: called.append("signs") or reference.route_heads_by_signs(*args),
+        update_signed_means=lambda *args: called.append("update"),
+        workspace_bytes=lambda *args: 0,
+        signs_workspace_bytes=lambda *args: 5,
+    )
+    out = torch.empty(3, 20, dtype=torch.int32)
+    indexer.update_statistics(case.index_cache, torch.zeros(1, dtype=torch.int64))
+    indexer.select(case.q, case.gates, case.index_cache, case.rows, out)
+    assert called == ([] if routed_by is None else ["update", "signs"])
+    heads = None if policy == "dsa" else reference.route_heads_by_signs(
+        case.q, case.gates, case.index_cache, case.rows, 8, 64
+    )
+    if policy == "misa":
+        wanted = torch.empty_like(out)
+        reference.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, 20, wanted)
+        assert torch.equal(out, wanted)
