@@ -20,6 +20,12 @@ def write_card(size: dict, parameters: int, packed_bytes: int, figures: dict, co
         f"{training['steps']} steps, {training['tokens'] / 1e6:.0f} M tokens of text with facts and questions written "
         f"into it. Steps of the stages: {stages}. Curves, commands and hardware: `misa_vllm/train/results`."
     )
+    if training.get("concentrate"):
+        recipe += "\n\n" + _filled(
+            "The indexers were then trained anew, alone (`--plan indexer --new-indexers`), with a loss that also asks "
+            f"that few heads count for a query (`--concentrate {training['concentrate']}`): what this model says of "
+            "policies holds for indexers whose heads divide the work, not for every DSA model."
+        )
     text = _filled(
         "Text: documentation from Debian's main archive and Python's library, "
         f"{corpus['train']['tokens'] / 1e6:.1f} M tokens; {corpus['heldout']['tokens'] / 1e6:.2f} M tokens of other "

@@ -205,7 +205,9 @@ def main(arguments: list[str] | None = None) -> int:
         held_out = Corpus.read(options.data, "heldout")
         about = {
             "ngram": json.loads(options.ngram.read_text(encoding="utf-8")) if options.ngram else None,
-            "training": {name: page[name] for name in ("steps", "tokens", "stage_steps", "progress")},
+            "training": {
+                name: page[name] for name in ("steps", "tokens", "stage_steps", "progress", "concentrate") if name in page
+            },
             "machine": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
             "torch": torch.__version__,
         }

@@ -210,6 +210,8 @@ def train(plan: Plan, options: Options, log=print) -> dict:
         log(line)
     for layer in model.model["layers"]:
         layer.self_attn.indexer.concentrate = options.concentrate
+    if options.concentrate:
+        page["concentrate"] = options.concentrate
     trainer = Trainer(plan, model, device)
     parameters = sum(p.numel() for p in model.parameters())
     log(f"{parameters / 1e6:.2f} M parameters on {device}, progress {page['progress']:.3f} to {options.until}")

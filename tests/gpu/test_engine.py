@@ -4,6 +4,7 @@ Engines start slowly, so each serves several tests.
 """
 
 from collections import Counter
+from contextlib import contextmanager
 from functools import wraps
 
 import pytest
@@ -24,10 +25,36 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(scope="module")
+def extended(deepseek_model):
+    """vLLM's model code as an engine imports and extends it: what wraps its functions later wraps ours."""
+    with offline_engine(deepseek_model, {}, enforce_eager=True, **OPTIONS):
+        pass
+
+
+@contextmanager
+def sorted_selections():
+    """Every selection in order of position, -1 last: stock's top-k leaves the order open, and attention rounds by it."""
+    from vllm.models.deepseek_v32 import attention
+
+    score = attention.sparse_attn_indexer
+
+    @wraps(score)
+    def sparse_attn_indexer(hidden_states, *args, **kwargs):
+        selected = score(hidden_states, *args, **kwargs)
+        part = selected[: len(hidden_states)]
+        part.copy_(part.sort(dim=1, descending=True).values)
+        return selected
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "sparse_attn_indexer", sparse_attn_indexer)
+        yield
+
+
 def generate_twice(model, prompts, misa=None):
     """Greedy tokens of stock vLLM (`misa` None) or under the backend, CUDA graphs on; two runs from empty caches."""
     runs = []
-    with offline_engine(model, misa, **OPTIONS) as llm:
+    with sorted_selections(), offline_engine(model, misa, **OPTIONS) as llm:
         for _ in range(2):
             assert llm.reset_prefix_cache()
             runs.append(greedy(llm, prompts, TOKENS))
@@ -46,13 +73,13 @@ def prompts():
 
 
 @pytest.mark.parametrize("model", ["deepseek_model", "glm_model"])
-def test_dsa_generates_stocks_tokens(model, prompts, request):
-    """Stock's top-k leaves the order of a selection open, and with it how attention rounds: it is its own measure."""
+def test_dsa_generates_stocks_tokens(extended, model, prompts, request):
+    """How stock differs from itself, if it does, is the measure: which of equal scores it takes is open, too."""
     model = request.getfixturevalue(model)
     ours, stock = generate_twice(model, prompts, {"policy": "dsa"}), generate_twice(model, prompts)
     noise = different(*stock)
-    assert noise < len(prompts) // 2
-    assert different(ours[0], stock[0]) <= (2 * noise + 4 if noise else 0)
+    assert noise < len(prompts) // 4, "stock's runs differ too much to compare with"
+    assert different(ours[0], stock[0]) <= 2 * noise
 
 
 def test_prompts_are_audited(deepseek_model, monkeypatch):
