@@ -98,7 +98,7 @@ def route_heads_by_signs(
     segment_pages, segments = _segments(requests, rows.max_visible)
     # rows that share a request read one running sum each; a row alone adds up its segments itself
     shared = count > MIN_ROWS_TO_POOL * requests
-    (sums,) = scratch(q.device, _spec(requests, segments) if segments else ((1,), torch.int64))
+    (sums,) = scratch(q.device, _spec(requests, segments))
     addressing = (
         index_cache,
         index_cache.stride(0),
@@ -112,14 +112,13 @@ def route_heads_by_signs(
         segment_pages,
         segments,
     )
-    if segments:
-        scanned = SCANNED_ROWS if shared else 1
-        _segment_sums_kernel[(triton.cdiv(count, scanned), segments)](*addressing, SCANNED=scanned, num_warps=4)
-        if shared:
-            columns = 16
-            _running_sums_kernel[(requests, 2 * DIM.value // columns)](
-                sums, segments, ROWS=64, COLUMNS=columns, num_warps=4
-            )
+    scanned, columns = SCANNED_ROWS if shared else 1, 16
+    # an empty grid runs nothing but compiles: a step that graphs are captured from later must not leave that to them
+    _segment_sums_kernel[(triton.cdiv(count, scanned), segments)](*addressing, SCANNED=scanned, num_warps=4)
+    if shared:
+        _running_sums_kernel[(requests, 2 * DIM.value // columns)](
+            sums, segments, ROWS=64, COLUMNS=columns, num_warps=4
+        )
     native = has_fp8_dot(q.device)
     _route_by_signs_kernel[(count,)](
         *addressing,
