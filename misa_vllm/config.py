@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_TOKENS
 from misa_vllm.policies import POLICIES
-from misa_vllm.settings import IndexerSettings, MISAConfigError
+from misa_vllm.settings import STATISTICS, IndexerSettings, MISAConfigError
 
 POOL_BLOCK = 1024
 """Default B: the paper's release (its router pools 1024 keys)."""
@@ -36,6 +36,9 @@ class MISAOptions(BaseModel):
     min_context: int | None = Field(default=None, ge=0)
     """Tokens a query must see before its heads are routed; below it exact DSA runs. Default: the policy's
     `default_min_context`."""
+    statistic: str = STATISTICS[0]
+    """What heads are ranked by: block means ("mean"), or the means of the keys' positive and of their negative parts
+    ("mean_positive"). Policy hisa takes "mean" only."""
     exact_decode: bool = False
     """Let decode steps run exact DSA (on GPUs: stock vLLM's own kernels) and route heads in prefills only."""
     audit_every: int = Field(default=0, ge=0)
@@ -61,6 +64,11 @@ def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings
     if given.policy not in POLICIES:
         raise MISAConfigError(
             f'option "policy" in additional_config["misa"] cannot be {given.policy!r}: choose {", ".join(POLICIES)}'
+        )
+    if given.statistic not in STATISTICS:
+        raise MISAConfigError(
+            f'option "statistic" in additional_config["misa"] cannot be {given.statistic!r}: '
+            f"choose {' or '.join(STATISTICS)}"
         )
     index_heads = getattr(hf_config, "index_n_heads", None)
     topk = getattr(hf_config, "index_topk", None)
@@ -93,6 +101,7 @@ def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings
         candidates=candidates,
         min_context=pick("min_context", min_context),
         exact_decode=given.exact_decode,
+        statistic=given.statistic,
         audit_every=given.audit_every,
         routes_heads=POLICIES[given.policy].routes_heads,
     )

@@ -1,15 +1,17 @@
-"""The paged cache of index keys, with one mean per page behind the keys.
+"""The paged cache of index keys, with a statistic of each page's keys behind them.
 
 A page holds 64 tokens of one layer and is `PAGE_BYTES` long:
 
     offset     size   content
     0          8192   64 keys, 128 x float8_e4m3fn each
     8192        256   64 scales, float32; dequantised key = float8 value * scale
-    8448        512   mean of the page's dequantised keys, 128 x float32
+    8448        512   the router's statistic of the page's dequantised keys k:
+                        mean            mean of k, 128 x float32
+                        mean_positive   mean of relu(k), then mean of relu(-k), 128 x float16 each, at most 65504
 
 The first 8448 bytes are the page of stock vLLM (`STOCK_PAGE_BYTES`), so every kernel that honours the
-page stride reads keys unchanged. The mean is MISA's statistic: it shares the page's block id, hence
-prefix caching, preemption, copy-on-write and KV transfer carry it without knowing of it.
+page stride reads keys unchanged. The statistic shares the page's block id, hence prefix caching, preemption,
+copy-on-write and KV transfer carry it without knowing of it. Which of the two a cache holds is an option of the engine.
 
 Everywhere in this package `index_cache` is a uint8 tensor [num_pages, page_bytes] whose last dimension is
 contiguous and whose page stride may be larger than `page_bytes`.
@@ -48,3 +50,12 @@ def means_view(index_cache: torch.Tensor) -> torch.Tensor:
             f"index cache pages are {index_cache.shape[1]} bytes, {PAGE_BYTES} are needed to hold the page mean"
         )
     return index_cache[:, MEAN_OFFSET:PAGE_BYTES].view(torch.float32)
+
+
+def signed_means_view(index_cache: torch.Tensor) -> torch.Tensor:
+    """The page means of relu(k) and of relu(-k), [num_pages, 2, 128] float16, sharing memory with `index_cache`.
+
+    Raises:
+        ValueError: as `means_view`, whose bytes these are.
+    """
+    return means_view(index_cache).view(torch.float16).unflatten(1, (2, INDEX_HEAD_DIM))

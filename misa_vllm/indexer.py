@@ -6,6 +6,7 @@ import torch
 
 from misa_vllm import metrics
 from misa_vllm.kernels import choose_kernels
+from misa_vllm.log import info_once
 from misa_vllm.policies import DSA, IndexerStep, make_policy
 from misa_vllm.rows import QueryRows
 from misa_vllm.settings import IndexerSettings
@@ -17,6 +18,10 @@ class Indexer:
     def __init__(self, settings: IndexerSettings, device_type: str) -> None:
         self.settings = settings
         self.kernels = choose_kernels(device_type)
+        self.routes_by_signs = settings.routes_heads and settings.statistic == "mean_positive"
+        if self.routes_by_signs:
+            # who computes it need not be who computes the rest
+            info_once(f"MISA router statistic mean_positive: {self.kernels.route_heads_by_signs.__module__}.")
         self.policy = make_policy(settings)
         self.exact_policy = DSA(settings)
         self.observer: Callable[[IndexerStep, torch.Tensor], None] | None = None
@@ -27,8 +32,10 @@ class Indexer:
         self.kernels.write_index_keys(k, index_cache, slot_mapping)
 
     def update_statistics(self, index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Recompute the mean of every page this step wrote to; every step that writes keys must call it."""
-        if self.settings.routes_heads:
+        """Recompute the statistic of every page this step wrote to; every step that writes keys must call it."""
+        if self.routes_by_signs:
+            self.kernels.update_signed_means(index_cache, slot_mapping)
+        elif self.settings.routes_heads:
             self.kernels.update_page_means(index_cache, slot_mapping)
 
     def select(
@@ -60,9 +67,10 @@ class Indexer:
 
     def reserve(self, max_rows: int, max_visible: int, device: torch.device) -> None:
         """Allocate and drop what a step of `max_rows` queries may need, so that memory profiling counts it."""
-        size = self.policy.workspace_bytes(max_rows) + self.kernels.workspace_bytes(
-            max_rows, max_visible, self.policy.widest_selection
-        )
+        size = self.kernels.workspace_bytes(max_rows, max_visible, self.policy.widest_selection)
+        if self.routes_by_signs:  # released before anything is selected
+            size = max(size, self.kernels.signs_workspace_bytes(max_rows, max_visible))
+        size += self.policy.workspace_bytes(max_rows)
         if self.settings.audit_every:
             size += metrics.audit_bytes(self.settings)
         torch.empty(size, dtype=torch.uint8, device=device)

@@ -78,7 +78,7 @@ class _Collector:
             value=total["audited_recall_sum"],
         )
         numbers = ("active_heads", "index_heads", "pool_block", "candidates", "min_context", "topk")
-        shown = ("policy", *numbers, "exact_decode")
+        shown = ("policy", *numbers, "exact_decode", "statistic")
         if self.settings is None:
             return
         yield InfoMetricFamily(

@@ -15,10 +15,11 @@ Sources: DSA, DeepSeek-V3.2 report eq. 1-2; MISA, arXiv 2605.07363; HISA, arXiv 
 
 import torch
 
-from misa_vllm.index_cache import PAGE_TOKENS, keys_view, means_view, scales_view
+from misa_vllm.index_cache import PAGE_TOKENS, keys_view, means_view, scales_view, signed_means_view
 from misa_vllm.rows import QueryRows
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+HALF_MAX = torch.finfo(torch.float16).max
 NO_TOKEN = -1
 
 
@@ -62,17 +63,34 @@ def update_page_means(index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> 
     slot_mapping [T] int64: the step's slots in token order, negative for padding. A page's tokens are those up
     to the last one the step wrote in it: sequences grow at their end, so nothing behind that is valid.
     """
+    for page, keys in _written_pages(index_cache, slot_mapping):
+        means_view(index_cache)[page] = keys.mean(dim=0)
+
+
+def update_signed_means(index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Recompute mean_positive's statistic of every page that a step wrote to; arguments as in `update_page_means`."""
+    for page, keys in _written_pages(index_cache, slot_mapping):
+        signed_means_view(index_cache)[page] = signed_means(keys).clamp(max=HALF_MAX).to(torch.float16)
+
+
+def signed_means(keys: torch.Tensor) -> torch.Tensor:
+    """The means of relu(k) and of relu(-k) over keys [N, D]: [2, D] float32."""
+    return torch.stack([keys.float().relu().mean(dim=0), (-keys.float()).relu().mean(dim=0)])
+
+
+def _written_pages(index_cache: torch.Tensor, slot_mapping: torch.Tensor):
+    """Yield (page number, its dequantised keys up to the last slot written) of every page that a step wrote to."""
     slots = slot_mapping.tolist()
     for i, slot in enumerate(slots):
         following = slots[i + 1] if i + 1 < len(slots) else -1
         last_of_page = following != slot + 1 or following % PAGE_TOKENS == 0
         if slot >= 0 and last_of_page:
             page = torch.tensor([slot // PAGE_TOKENS], device=index_cache.device)
-            means_view(index_cache)[page] = read_index_keys(index_cache, page, slot % PAGE_TOKENS + 1).mean(dim=0)
+            yield slot // PAGE_TOKENS, read_index_keys(index_cache, page, slot % PAGE_TOKENS + 1)
 
 
 def pool_page_means(page_means: torch.Tensor, pool_block: int) -> torch.Tensor:
-    """kbar [blocks, D]: means of whole pool blocks, from the page means [pages, D]; a trailing part is dropped."""
+    """Means [blocks, ...] of whole pool blocks, from the page means [pages, ...]; a trailing part is dropped."""
     pages_per_block = pool_block // PAGE_TOKENS
     blocks = page_means.shape[0] // pages_per_block
     return page_means[: blocks * pages_per_block].unflatten(0, (blocks, pages_per_block)).mean(dim=1)
@@ -86,6 +104,18 @@ def router_scores(q: torch.Tensor, gates: torch.Tensor, kbar: torch.Tensor, bloc
     scores = torch.einsum("mhd,bd->mbh", q.float(), kbar.float()).relu()
     complete = torch.arange(kbar.shape[0], device=q.device) < blocks.unsqueeze(1)
     return gates.float().abs() * scores.masked_fill(~complete.unsqueeze(-1), 0.0).sum(dim=1)
+
+
+def signed_scores(q: torch.Tensor, gates: torch.Tensor, signed: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """mean_positive's S [M, H] = |w| * sum over the first `blocks[m]` pool blocks of relu(q) . p + relu(-q) . n.
+
+    signed [blocks, 2, D]: p and n, a block's means of relu(k) and of relu(-k). S is linear in them, so a row needs
+    their sums only.
+    """
+    sums = torch.nn.functional.pad(signed.float().cumsum(dim=0), (0, 0, 0, 0, 1, 0))[blocks.long()]
+    positive, negative = sums.unbind(dim=1)
+    products = torch.einsum("mhd,md->mh", q.float().relu(), positive)
+    return gates.float().abs() * (products + torch.einsum("mhd,md->mh", (-q.float()).relu(), negative))
 
 
 def top_heads(router_score: torch.Tensor, active_heads: int) -> torch.Tensor:
@@ -219,6 +249,21 @@ def route_heads(
         kbar = pool_page_means(means_view(index_cache)[full_pages], pool_block)
         score = router_scores(q[members], gates[members], kbar, rows.visible[members] // pool_block)
         out[members] = top_heads(score, active_heads)
+    return out
+
+
+def route_heads_by_signs(
+    q: torch.Tensor, gates: torch.Tensor, index_cache: torch.Tensor, rows: QueryRows, active_heads: int, pool_block: int
+) -> torch.Tensor:
+    """See `misa_vllm.kernels.Kernels.route_heads_by_signs`."""
+    out = torch.arange(active_heads, dtype=torch.int32, device=q.device).repeat(len(rows), 1)
+    for members, pages, count in _requests(rows):
+        blocks = rows.visible[members] // pool_block
+        members, blocks = members[blocks > 0], blocks[blocks > 0]
+        if len(members):
+            full_pages = pages[: count // PAGE_TOKENS].long()
+            signed = pool_page_means(signed_means_view(index_cache)[full_pages].float(), pool_block)
+            out[members] = top_heads(signed_scores(q[members], gates[members], signed, blocks), active_heads)
     return out
 
 

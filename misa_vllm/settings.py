@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+STATISTICS = ("mean", "mean_positive")
+"""What the router may read of the keys; the first is MISA's."""
+
 
 class MISAConfigError(Exception):
     """The options, or the model, cannot be served; the message is one line that says what to change.
@@ -26,8 +29,10 @@ class IndexerSettings:
     audit_every: int = 0
     exact_decode: bool = False
     """Whether decode steps leave routing out and select as exact DSA does."""
+    statistic: str = STATISTICS[0]
+    """Of `STATISTICS`: what the index cache's pages hold, and the router ranks heads by."""
     routes_heads: bool = True
-    """Whether the policy routes, and therefore needs the page means; one that does not is stock DSA on CUDA."""
+    """Whether the policy routes, and so needs the statistic of each page; one that does not is stock DSA on CUDA."""
 
     @property
     def route_from(self) -> int:

@@ -61,6 +61,9 @@ def test_hierarchical_is_exact_where_that_is_as_fast(heads, expected):
         ({"min_context": -1}, ["min_context", "0"]),
         ({"exact_decode": "often"}, ["exact_decode", "boolean"]),
         ({"audit_every": -1}, ["audit_every", "0"]),
+        ({"statistic": "median"}, ["statistic", "median", "mean", "mean_positive"]),
+        ({"statistic": 1}, ["statistic", "string"]),
+        ({"policy": "hisa", "statistic": "mean_positive"}, ["hisa", "mean_positive", "misa or hierarchical"]),
         ("misa", ["additional_config"]),
     ],
 )
@@ -76,6 +79,12 @@ def test_bad_options_name_the_remedy_in_one_line(options, named):
 def test_bad_checkpoint_fields_are_checked_like_options():
     with pytest.raises(MISAConfigError, match="pool_block=100"):
         resolve_settings({}, model(misa_k_block_size=100))
+
+
+@pytest.mark.parametrize("policy", ["misa", "hierarchical", "dsa"])
+def test_the_statistic_of_the_router(policy):
+    assert resolve_settings({"policy": policy}, model()).statistic == "mean"
+    assert resolve_settings({"policy": policy, "statistic": "mean_positive"}, model()).statistic == "mean_positive"
 
 
 def test_model_without_indexer():

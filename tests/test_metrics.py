@@ -60,6 +60,12 @@ def test_dsa_routes_nothing(directory):
     assert [seen["misa:queries_total", path] for path in metrics.PATHS] == [4, 66, 0]
 
 
+def test_the_options_in_force_are_shown(directory):
+    settings = replace(SETTINGS, statistic="mean_positive")
+    shown = {f.name: f.samples[0].labels for f in metrics._Collector(directory, settings).collect()}["misa:config"]
+    assert (shown["policy"], shown["pool_block"], shown["statistic"]) == ("misa", "64", "mean_positive")
+
+
 def test_files_of_several_processes_are_added(directory):
     metrics.count_queries(SETTINGS, np.array([1]), np.array([1]))
     (directory / "12345.f64").write_bytes((directory / next(directory.iterdir()).name).read_bytes())

@@ -1,4 +1,4 @@
-// Writing index keys into their pages, and the pages' means.
+// Writing index keys into their pages, and the pages' statistics.
 
 #include <unordered_map>
 
@@ -32,7 +32,11 @@ void write_index_keys(const Tensor& k, const Tensor& index_cache, const Tensor& 
   });
 }
 
-void update_page_means(const Tensor& index_cache, const Tensor& slot_mapping) {
+namespace {
+
+// Calls update(page, number of its keys) for every page that a step wrote to.
+template <class Update>
+void update_pages(const Tensor& index_cache, const Tensor& slot_mapping, const Update& update) {
   const View2<uint8_t> cache(index_cache);
   const View1<const int64_t> slots(slot_mapping);
   std::unordered_map<int64_t, int> tokens_of_page;  // the last write of a page decides how many tokens it has
@@ -42,9 +46,23 @@ void update_page_means(const Tensor& index_cache, const Tensor& slot_mapping) {
     tokens_of_page[slots[i] / kPageTokens] = (int)(slots[i] % kPageTokens) + 1;
   }
   const std::vector<std::pair<int64_t, int>> written(tokens_of_page.begin(), tokens_of_page.end());
-  parallel_items((int64_t)written.size(), [&](int64_t item) {
-    uint8_t* page = cache[written[item].first];
-    simd().mean_keys(page, (const float*)(page + kScalesOffset), written[item].second, (float*)(page + kMeanOffset));
+  parallel_items((int64_t)written.size(),
+                 [&](int64_t item) { update(cache[written[item].first], written[item].second); });
+}
+
+}  // namespace
+
+void update_page_means(const Tensor& index_cache, const Tensor& slot_mapping) {
+  update_pages(index_cache, slot_mapping, [](uint8_t* page, int count) {
+    simd().mean_keys(page, (const float*)(page + kScalesOffset), count, (float*)(page + kMeanOffset));
+  });
+}
+
+void update_signed_means(const Tensor& index_cache, const Tensor& slot_mapping) {
+  update_pages(index_cache, slot_mapping, [](uint8_t* page, int count) {
+    float means[2 * kDim];
+    simd().signed_mean_keys(page, (const float*)(page + kScalesOffset), count, means);
+    simd().narrow_half(means, 2 * kDim, (uint16_t*)(page + kMeanOffset));
   });
 }
 

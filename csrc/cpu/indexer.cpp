@@ -11,6 +11,7 @@ namespace {
 
 constexpr int32_t kNoToken = -1;
 constexpr int kMaxHeads = 256;
+constexpr int kHeadsPerItem = 16;  // of the router
 
 // Transient scores of one batch of rows: kept in the last-level cache, unless contexts are so long that too few
 // rows would share the widened keys.
@@ -323,7 +324,6 @@ void route_heads(const Tensor& q, const Tensor& gates, const Tensor& index_cache
       simd().transpose_vectors(vectors, panels.get() + item * panel_floats);
     });
 
-    constexpr int kHeadsPerItem = 16;
     const int64_t count = (int64_t)(end - begin), parts = (all_heads + kHeadsPerItem - 1) / kHeadsPerItem;
     const Buffer<float> score(count * all_heads);
     parallel_items(count * parts, [&](int64_t item) {
@@ -339,6 +339,73 @@ void route_heads(const Tensor& q, const Tensor& gates, const Tensor& index_cache
     for (int64_t i = 0; i < count; ++i) top_heads(score.get() + i * all_heads, all_heads, h, routed, members[begin + i]);
     begin = end;
   }
+}
+
+void route_heads_by_signs(const Tensor& q, const Tensor& gates, const Tensor& index_cache, const Tensor& block_table,
+                          const Tensor& request, const Tensor& visible, int64_t pool_block, const Tensor& heads) {
+  const View3<const uint8_t> q8(q);
+  const View2<const float> gate(gates);
+  const View2<const uint8_t> cache(index_cache);
+  const Rows rows(block_table, request, visible);
+  const View2<int32_t> routed(heads);
+  const int h = (int)routed.columns, all_heads = (int)q8.size1;
+  require(all_heads <= kMaxHeads, "head count", all_heads, "is more than the 256 that the router takes");
+
+  std::vector<int64_t> members;
+  for (int64_t m = 0; m < rows.visible.size; ++m) {
+    if (rows.visible[m] >= pool_block)
+      members.push_back(m);
+    else
+      select_all(routed[m], routed.column, h, h);
+  }
+  const auto blocks_of = [&](int64_t m) { return rows.visible[m] / pool_block; };
+  std::stable_sort(members.begin(), members.end(), [&](int64_t a, int64_t b) {
+    return rows.request[a] != rows.request[b] ? rows.request[a] < rows.request[b] : blocks_of(a) < blocks_of(b);
+  });
+
+  // The score is linear in the pages' means: a row needs the sums over its pages, which are those of the row before
+  // it, of the same request, and the pages that it sees more. Always added from page 0 on, hence the same bits in
+  // every batch.
+  const int64_t count = (int64_t)members.size();
+  const int64_t pages_per_block = pool_block / kPageTokens;
+  std::vector<int64_t> first_of_request, line_of_row(count);
+  int64_t lines = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool starts = i == 0 || rows.request[members[i]] != rows.request[members[i - 1]];
+    if (starts) first_of_request.push_back(i);
+    lines += starts || blocks_of(members[i]) != blocks_of(members[i - 1]);
+    line_of_row[i] = lines - 1;
+  }
+  first_of_request.push_back(count);
+  const Buffer<float> sums(lines * 2 * kDim);
+  parallel_items((int64_t)first_of_request.size() - 1, [&](int64_t item) {
+    const int64_t first = first_of_request[item], last = first_of_request[item + 1];
+    const int64_t tokens = blocks_of(members[last - 1]) * pool_block;
+    const std::vector<int64_t> pages = rows.pages(rows.request[members[first]], tokens, cache.rows);
+    std::vector<const uint16_t*> means(pages.size());
+    for (size_t p = 0; p < pages.size(); ++p) means[p] = (const uint16_t*)(cache[pages[p]] + kMeanOffset);
+    float total[2 * kDim] = {};
+    int64_t added = 0;
+    for (int64_t i = first; i < last; ++i) {
+      if (i > first && line_of_row[i] == line_of_row[i - 1]) continue;
+      const int64_t end = blocks_of(members[i]) * pages_per_block;
+      simd().add_halves(means.data() + added, (int)(end - added), total);
+      added = end;
+      std::copy(total, total + 2 * kDim, sums.get() + line_of_row[i] * 2 * kDim);
+    }
+  });
+  const int64_t parts = (all_heads + kHeadsPerItem - 1) / kHeadsPerItem;
+  const Buffer<float> score(count * all_heads);
+  parallel_items(count * parts, [&](int64_t item) {
+    const int64_t i = item / parts, m = members[i];
+    const int first = (int)(item % parts) * kHeadsPerItem, some = std::min(kHeadsPerItem, all_heads - first);
+    float widened[kHeadsPerItem * kDim];
+    for (int j = 0; j < some; ++j) simd().widen_fp8(q8.at(m, first + j), kDim, widened + j * kDim);
+    float* own = score.get() + i * all_heads + first;
+    simd().dot_signed(widened, some, sums.get() + line_of_row[i] * 2 * kDim, own);
+    for (int j = 0; j < some; ++j) own[j] *= std::fabs(gate.at(m, first + j));
+  });
+  for (int64_t i = 0; i < count; ++i) top_heads(score.get() + i * all_heads, all_heads, h, routed, members[i]);
 }
 
 }  // namespace misa

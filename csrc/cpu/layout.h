@@ -9,6 +9,7 @@ constexpr int kDim = 128;
 constexpr int kPageTokens = 64;
 constexpr int kScalesOffset = kPageTokens * kDim;
 constexpr int kMeanOffset = kScalesOffset + kPageTokens * 4;
+constexpr float kHalfMax = 65504.0f;
 
 // Keys are scored in chunks of three pages: a whole number of panels (3 vectors of 4, 8 or 16 keys) on every
 // instruction set, and small enough that a chunk of fp32 keys (96 KiB) stays in the second-level cache.

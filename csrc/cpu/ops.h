@@ -17,6 +17,11 @@ void update_page_means(const Tensor& index_cache, const Tensor& slot_mapping);
 void route_heads(const Tensor& q, const Tensor& gates, const Tensor& index_cache, const Tensor& block_table,
                  const Tensor& request, const Tensor& visible, int64_t pool_block, const Tensor& heads);
 
+void update_signed_means(const Tensor& index_cache, const Tensor& slot_mapping);
+
+void route_heads_by_signs(const Tensor& q, const Tensor& gates, const Tensor& index_cache, const Tensor& block_table,
+                          const Tensor& request, const Tensor& visible, int64_t pool_block, const Tensor& heads);
+
 void select_tokens(const Tensor& q, const Tensor& gates, const std::optional<Tensor>& heads, const Tensor& index_cache,
                    const Tensor& block_table, const Tensor& request, const Tensor& visible, int64_t k,
                    const Tensor& out, int64_t visible_from, int64_t visible_to);

@@ -22,6 +22,9 @@ struct Simd {
   // mean [kDim] of `count` keys of one page.
   void (*mean_keys)(const uint8_t* keys, const float* scales, int count, float* mean);
 
+  // Means [2][kDim] of relu(k) and of relu(-k) over `count` keys k of one page.
+  void (*signed_mean_keys)(const uint8_t* keys, const float* scales, int count, float* means);
+
   // mean [kDim] of `count` vectors.
   void (*mean_vectors)(const float* const* vectors, int count, float* mean);
 
@@ -37,6 +40,15 @@ struct Simd {
 
   // sums[j] = sum over the first `count` vectors in the panels of relu(q[j] . vector).
   void (*sum_relu)(const float* q, int heads, const float* panels, int count, float* sums);
+
+  // sums [2][kDim] += `count` vectors [2][kDim] of fp16 values that are not negative, one after the other.
+  void (*add_halves)(const uint16_t* const* vectors, int count, float* sums);
+
+  // sums[j] = relu(q[j]) . signed[0] + relu(-q[j]) . signed[1]; q [heads][kDim], signed [2][kDim].
+  void (*dot_signed)(const float* q, int heads, const float* signed_sums, float* sums);
+
+  // bits[i] = fp16 of values[i] >= 0, rounded to nearest even, at most kHalfMax; NaN gives kHalfMax.
+  void (*narrow_half)(const float* values, int count, uint16_t* bits);
 
   // Writes the ascending positions of the k largest of scores[0 .. n), k < n. Of equal scores the earlier wins, NaN
   // counts as largest. Overwrites scores; scratch holds n values.

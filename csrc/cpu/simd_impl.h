@@ -247,6 +247,88 @@ void quantize_key(const float* x, uint8_t* bytes, float* scale) {
   }
 }
 
+// ---------------------------------------------------------------- means of positive and negative parts
+
+void signed_mean_keys(const uint8_t* keys, const float* scales, int count, float* means) {
+  Vec positive[kDim / kLanes] = {}, negative[kDim / kLanes] = {};
+  for (int token = 0; token < count; ++token) {
+    float key[kDim];
+    widen_fp8(keys + token * kDim, kDim, key);
+    for (int v = 0; v < kDim / kLanes; ++v) {
+      const Vec value = load(key + v * kLanes) * scales[token];
+      positive[v] += relu(value);
+      negative[v] += relu(-value);
+    }
+  }
+  for (int v = 0; v < kDim / kLanes; ++v) {
+    store(means + v * kLanes, positive[v] / (float)count);
+    store(means + kDim + v * kLanes, negative[v] / (float)count);
+  }
+}
+
+void narrow_half(const float* values, int count, uint16_t* bits) {
+  for (int i = 0; i < count; ++i) {
+    const float value = values[i] < kHalfMax ? values[i] : kHalfMax;
+    uint32_t magnitude;
+    memcpy(&magnitude, &value, 4);
+    // normal: round the mantissa to 10 bits, to nearest even, and move the exponent's bias from 127 to 15
+    const uint32_t normal = (magnitude + 0xFFF + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+    // subnormal: adding 1/2 leaves the value in steps of 2^-24, rounded to nearest even, in the low bits
+    const float shifted = value + 0.5f;
+    uint32_t subnormal;
+    memcpy(&subnormal, &shifted, 4);
+    bits[i] = (uint16_t)(magnitude < (113u << 23) ? subnormal & 0x7FF : normal);
+  }
+}
+
+#if defined(__AVX512F__)
+inline Vec load_halves(const uint16_t* bits) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)bits)); }
+#elif defined(__AVX2__)
+inline Vec load_halves(const uint16_t* bits) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)bits)); }
+#else
+inline Vec load_halves(const uint16_t* bits) {
+  Vec values;
+  for (int i = 0; i < kLanes; ++i) {
+    // normal: move the exponent's bias; subnormal: steps of 2^-24, without fp32 subnormals, which a thread may flush
+    const uint32_t moved = ((uint32_t)bits[i] << 13) + (112u << 23);
+    float normal;
+    memcpy(&normal, &moved, 4);
+    values[i] = bits[i] < 0x400 ? (float)(int)bits[i] * (1.0f / 16777216) : normal;
+  }
+  return values;
+}
+#endif
+
+void add_halves(const uint16_t* const* vectors, int count, float* sums) {
+  constexpr int kColumns = 8;  // as many sums as registers hold
+  for (int d = 0; d < 2 * kDim; d += kColumns * kLanes) {
+    Vec total[kColumns];
+    for (int v = 0; v < kColumns; ++v) total[v] = load(sums + d + v * kLanes);
+    for (int i = 0; i < count; ++i)
+      for (int v = 0; v < kColumns; ++v) total[v] += load_halves(vectors[i] + d + v * kLanes);
+    for (int v = 0; v < kColumns; ++v) store(sums + d + v * kLanes, total[v]);
+  }
+}
+
+template <int kHeads>
+inline void dot_signed_heads(const float* q, const float* signed_sums, float* sums) {
+  Vec total[kHeads] = {};
+  for (int d = 0; d < kDim; d += kLanes) {
+    const Vec positive = load(signed_sums + d), negative = -load(signed_sums + kDim + d);
+    for (int j = 0; j < kHeads; ++j) {
+      const Vec value = load(q + j * kDim + d);
+      total[j] += value * (value > 0.0f ? positive : negative);
+    }
+  }
+  for (int j = 0; j < kHeads; ++j) sums[j] = sum(total[j]);
+}
+
+void dot_signed(const float* q, int heads, const float* signed_sums, float* sums) {
+  int j = 0;
+  for (; j + kHeadTile <= heads; j += kHeadTile) dot_signed_heads<kHeadTile>(q + j * kDim, signed_sums, sums + j);
+  for (; j < heads; ++j) dot_signed_heads<1>(q + j * kDim, signed_sums, sums + j);
+}
+
 // ---------------------------------------------------------------- scores
 
 void mean_vectors(const float* const* vectors, int count, float* mean) {
@@ -625,8 +707,9 @@ void attend(const float* q, int heads, const float* kv, int count, int stride, i
 
 extern const Simd MISA_SIMD;
 const Simd MISA_SIMD = {
-    MISA_SIMD_NAME, kPanelKeys, widen_fp8,  quantize_key,   mean_keys,  mean_vectors, transpose_vectors,
-    load_keys,      score_keys, sum_relu,   select_largest, widen_bf16, narrow_bf16,  attend,
+    MISA_SIMD_NAME,    kPanelKeys, widen_fp8,  quantize_key, mean_keys,  signed_mean_keys, mean_vectors,
+    transpose_vectors, load_keys,  score_keys, sum_relu,     add_halves, dot_signed,       narrow_half,
+    select_largest,    widen_bf16, narrow_bf16, attend,
 };
 
 }  // namespace misa

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--candidates", type=whole, default=8192, help="C of hierarchical MISA; default 8192")
     parser.add_argument(
         "--statistics", type=words(tuple(STATISTICS)), default=[SERVED],
-        help=f"what the router reads of the keys: {','.join(STATISTICS)} (those but {SERVED} are not served); "
+        help=f"what the router reads of the keys: {','.join(STATISTICS)} (those but {SERVED} in fp32); "
         f"default {SERVED}",
     )  # fmt: skip
     parser.add_argument("--context", type=numbers, default=[8192], help="context lengths, tokens; default 8192")

@@ -1,4 +1,6 @@
-"""What a router may read of the keys instead of block means, in fp32 torch: for evaluation, nothing serves them.
+"""What a router may read of the keys instead of block means, in fp32 torch, for evaluation.
+
+The backend's option `statistic` serves two of them: `mean`, and `mean_positive` from page means in float16.
 
 A statistic ranks the H heads of M queries. Its arguments are q [M, H, D] and gates [M, H] float32, the dequantised
 index keys [N, D] of one request, visible [M] (how many keys a query sees) and pool_block, the tokens in a block. It
@@ -69,4 +71,4 @@ STATISTICS = {
     "oracle": Statistic(oracle, None),
 }
 SERVED = "mean"
-"""The one that MISA serves; it is evaluated by the kernels that serve it."""
+"""MISA's own, and the default of the option; it is evaluated by the kernels that serve it."""

@@ -83,6 +83,21 @@ class Kernels(Protocol):
         """
 
     @staticmethod
+    def update_signed_means(index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """`update_page_means` for a cache whose statistic is mean_positive (`index_cache.signed_means_view`)."""
+
+    @staticmethod
+    def route_heads_by_signs(
+        q: torch.Tensor,
+        gates: torch.Tensor,
+        index_cache: torch.Tensor,
+        rows: QueryRows,
+        active_heads: int,
+        pool_block: int,
+    ) -> torch.Tensor:
+        """`route_heads` by the statistic mean_positive, from a cache that holds it: [M, h] int32, ascending."""
+
+    @staticmethod
     def select_tokens(
         q: torch.Tensor,
         gates: torch.Tensor,
@@ -122,6 +137,10 @@ class Kernels(Protocol):
     @staticmethod
     def workspace_bytes(max_rows: int, max_visible: int, k: int) -> int:
         """Device memory that the calls of one step hold at once, at most (GPU implementations)."""
+
+    @staticmethod
+    def signs_workspace_bytes(max_rows: int, max_visible: int) -> int:
+        """Device memory that `route_heads_by_signs` holds, at most (GPU implementations)."""
 
 
 @functools.cache

@@ -121,12 +121,12 @@ class IndexerChecks(TensorChecks):
         self.numbers("rows.visible", rows.visible, ("M",))
 
     def page_means(self, index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Arguments of `update_page_means`."""
+        """Arguments of `update_page_means` and `update_signed_means`."""
         self.numbers("slot_mapping", slot_mapping, ("T",), torch.int64)
         self.cache(index_cache, PAGE_BYTES)
 
     def route(self, q, gates, index_cache, rows: QueryRows, active_heads: int, pool_block: int) -> None:
-        """Arguments of `route_heads`."""
+        """Arguments of `route_heads` and `route_heads_by_signs`."""
         self.queries(q, gates)
         self.cache(index_cache, PAGE_BYTES)
         self.rows(rows)

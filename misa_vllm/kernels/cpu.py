@@ -23,6 +23,8 @@ _EXTENSION = Extension(
         "cpu_write_index_keys",
         "cpu_update_page_means",
         "cpu_route_heads",
+        "cpu_update_signed_means",
+        "cpu_route_heads_by_signs",
         "cpu_select_tokens",
         "cpu_rerank_tokens",
         "cpu_sparse_mla_attention",
@@ -62,6 +64,24 @@ def route_heads(
     IndexerChecks("route_heads", _DEMANDS).route(q, gates, index_cache, rows, active_heads, pool_block)
     out = torch.empty(len(rows), active_heads, dtype=torch.int32)
     _EXTENSION.operators.cpu_route_heads(
+        q.view(torch.uint8), gates, index_cache, rows.block_table, rows.request, rows.visible, pool_block, out
+    )
+    return out
+
+
+def update_signed_means(index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """See `misa_vllm.kernels.Kernels.update_signed_means`."""
+    IndexerChecks("update_signed_means", _DEMANDS).page_means(index_cache, slot_mapping)
+    _EXTENSION.operators.cpu_update_signed_means(index_cache, slot_mapping)
+
+
+def route_heads_by_signs(
+    q: torch.Tensor, gates: torch.Tensor, index_cache: torch.Tensor, rows: QueryRows, active_heads: int, pool_block: int
+) -> torch.Tensor:
+    """See `misa_vllm.kernels.Kernels.route_heads_by_signs`."""
+    IndexerChecks("route_heads_by_signs", _DEMANDS).route(q, gates, index_cache, rows, active_heads, pool_block)
+    out = torch.empty(len(rows), active_heads, dtype=torch.int32)
+    _EXTENSION.operators.cpu_route_heads_by_signs(
         q.view(torch.uint8), gates, index_cache, rows.block_table, rows.request, rows.visible, pool_block, out
     )
     return out

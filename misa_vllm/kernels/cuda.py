@@ -31,6 +31,13 @@ _EXTENSION = Extension(
 )
 
 
+def __getattr__(name: str):
+    # the statistic mean_positive is an option that nothing is tuned for: Triton's, imported where it is asked for
+    if name in ("update_signed_means", "route_heads_by_signs", "signs_workspace_bytes"):
+        return getattr(triton, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def why_unavailable(device: torch.device) -> str | None:
     """Why these kernels cannot run on `device`, or None if they can."""
     if device.type != "cuda":

@@ -24,19 +24,27 @@ class IndexerStep:
     rows: QueryRows
     kernels: Kernels
 
-    def route(self, active_heads: int, pool_block: int) -> torch.Tensor:
-        """The routed heads of every row, [M, h] int32."""
-        return self.kernels.route_heads(self.q, self.gates, self.index_cache, self.rows, active_heads, pool_block)
+    def route(self, active_heads: int, pool_block: int, statistic: str = "mean") -> torch.Tensor:
+        """The routed heads of every row, [M, h] int32, by the statistic that the cache's pages hold."""
+        by = self.kernels.route_heads if statistic == "mean" else self.kernels.route_heads_by_signs
+        return by(self.q, self.gates, self.index_cache, self.rows, active_heads, pool_block)
 
     def route_and_select(
-        self, active_heads: int, pool_block: int, k: int, out: torch.Tensor, visible_from: int = 0
+        self,
+        active_heads: int,
+        pool_block: int,
+        k: int,
+        out: torch.Tensor,
+        visible_from: int = 0,
+        statistic: str = "mean",
     ) -> None:
         """Select k tokens by the score of the routed heads for the rows with visible_from <= visible."""
         if self.rows.max_visible < visible_from:
             return
-        together = getattr(self.kernels, "route_and_select", None)
+        # one launch for both knows block means only
+        together = getattr(self.kernels, "route_and_select", None) if statistic == "mean" else None
         if together is None:
-            self.select(self.route(active_heads, pool_block), k, out, visible_from=visible_from)
+            self.select(self.route(active_heads, pool_block, statistic), k, out, visible_from=visible_from)
         else:
             together(
                 self.q, self.gates, self.index_cache, self.rows, active_heads, pool_block, k, out, visible_from
@@ -64,7 +72,7 @@ class Policy(ABC):
     """Selects the tokens that sparse attention reads."""
 
     routes_heads: ClassVar[bool] = True
-    """Whether the policy routes heads, and so needs the page means kept current."""
+    """Whether the policy routes heads, and so needs the pages' statistic kept current."""
 
     def __init__(self, settings: IndexerSettings) -> None:
         self.settings = settings

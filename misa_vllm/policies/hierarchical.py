@@ -36,7 +36,7 @@ class HierarchicalMISA(Policy):
         if step.rows.max_visible < self.route_from:
             return
         # once for all rows: the pooled keys are the same
-        heads = step.route(settings.active_heads, settings.pool_block)
+        heads = step.route(settings.active_heads, settings.pool_block, settings.statistic)
         for start in range(0, len(step.rows), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
             self._select_part(

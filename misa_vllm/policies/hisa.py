@@ -20,6 +20,11 @@ WORKSPACE = 256 * 2**20
 class HISA(Policy):
     @classmethod
     def check(cls, settings: IndexerSettings) -> None:
+        if settings.statistic != "mean":
+            raise MISAConfigError(
+                f'policy hisa scores block means, which a cache of statistic "{settings.statistic}" does not hold: '
+                'choose statistic "mean", or policy misa or hierarchical'
+            )
         if settings.candidates % BLOCK or settings.candidates < 2 * BLOCK:
             raise MISAConfigError(
                 f"candidates={settings.candidates} are not two or more whole blocks of {BLOCK} tokens, as policy hisa "

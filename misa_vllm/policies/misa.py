@@ -14,5 +14,10 @@ class MISA(Policy):
         else:
             step.select(None, settings.topk, out, visible_to=first_routed)
         step.route_and_select(
-            settings.active_heads, settings.pool_block, settings.topk, out, visible_from=first_routed
+            settings.active_heads,
+            settings.pool_block,
+            settings.topk,
+            out,
+            visible_from=first_routed,
+            statistic=settings.statistic,
         )

@@ -25,9 +25,10 @@ def dsa(start_engine, model):
     return run(start_engine, model, policy="dsa")
 
 
-def test_all_heads_is_dsa(start_engine, model, dsa):
+@pytest.mark.parametrize("statistic", ["mean", "mean_positive"])
+def test_all_heads_is_dsa(start_engine, model, dsa, statistic):
     heads = 32 if "glm" in model else 64
-    assert run(start_engine, model, policy="misa", active_heads=heads) == dsa
+    assert run(start_engine, model, policy="misa", active_heads=heads, statistic=statistic) == dsa
 
 
 def test_hierarchical_over_everything_is_dsa(start_engine, model, dsa):

@@ -11,10 +11,12 @@ from tests.engine.conftest import ON_GPU, TOPK, agreement, random_prompt
 PROMPT = TOPK + 636  # several pages and pool blocks past top-k, and a partial page at the end
 
 
-@pytest.fixture(scope="module", params=["misa", "hierarchical", "hisa"])
+@pytest.fixture(scope="module", params=["misa", "misa mean_positive", "hierarchical", "hisa"])
 def engine(request, start_engine, deepseek_model):
     options = {"policy": request.param, "active_heads": 8}
-    if request.param == "hierarchical":
+    if request.param == "misa mean_positive":
+        options |= {"policy": "misa", "statistic": "mean_positive"}
+    elif request.param == "hierarchical":
         options["candidates"] = 2 * TOPK
     elif request.param == "hisa":
         options["candidates"] = (TOPK // 128 + 3) * 128  # blocks: the first, the newest and the best of the others

@@ -97,6 +97,7 @@ def test_prompts_are_audited(deepseek_model, monkeypatch):
 
 SERVED = {
     "misa": ({}, {"policy": "misa"}, {}),
+    "misa, mean_positive": ({}, {"policy": "misa", "statistic": "mean_positive"}, {}),
     "hierarchical, GLM, fp8 KV cache": (
         {"architecture": "glm"}, {"policy": "hierarchical", "candidates": 2 * TOPK}, {"kv_cache_dtype": "fp8"}
     ),

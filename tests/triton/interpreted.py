@@ -9,8 +9,8 @@ import torch
 
 import misa_vllm.kernels.triton as kernels
 from misa_vllm import reference
-from misa_vllm.index_cache import PAGE_BYTES, PAGE_TOKENS, means_view
-from misa_vllm.kernels.triton import score, scratch, select
+from misa_vllm.index_cache import PAGE_BYTES, PAGE_TOKENS, means_view, signed_means_view
+from misa_vllm.kernels.triton import score, scratch, select, signed_means
 from misa_vllm.rows import QueryRows
 
 UNWRITTEN = -7
@@ -109,6 +109,90 @@ def test_routing_is_the_same_alone_and_in_a_batch(monkeypatch):
     assert torch.equal(kernels.route_heads(q, gates, cache, rows, 3, 64), split)
     monkeypatch.setattr(route, "TRANSIENT_BYTES", 0)
     assert torch.equal(kernels.route_heads(q, gates, cache, rows, 3, 64), split)
+
+
+# ---------------------------------------------------------------- the statistic mean_positive
+
+
+def make_signed_case(*args, **options):
+    """`make_case` whose pages hold signed means."""
+    q, gates, cache, rows = make_case(*args, **options)
+    lengths = torch.zeros(rows.block_table.shape[0], dtype=torch.int32)
+    lengths = lengths.scatter_reduce(0, rows.request.long(), rows.visible, "amax")
+    for pages, length in zip(rows.block_table, lengths.tolist()):
+        reference.update_signed_means(cache, slots_of(pages, length))
+    return q, gates, cache, rows
+
+
+@pytest.mark.parametrize("first, last", [(0, 1), (0, 64), (63, 65), (10, 200), (130, 131)])
+def test_signed_means_of_the_written_pages(first, last):
+    _, _, cache, rows = make_case()
+    slots = torch.cat([torch.tensor([-1]), slots_of(rows.block_table[0], last)[first:], torch.tensor([-1, -1])])
+    signed_means_view(cache).fill_(torch.nan)
+    expected = cache.clone()
+    reference.update_signed_means(expected, slots)
+    kernels.update_signed_means(cache, slots)
+    # sums in another order may round to the next float16
+    torch.testing.assert_close(
+        signed_means_view(cache).float(), signed_means_view(expected).float(), rtol=2**-10, atol=0, equal_nan=True
+    )
+    torch.testing.assert_close(cache[:, :8448], expected[:, :8448], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pool_block", [64, 128])
+@pytest.mark.parametrize("heads, active_heads", [(8, 3), (32, 8), (5, 5)])
+def test_heads_routed_by_signs(heads, active_heads, pool_block):
+    q, gates, cache, rows = make_signed_case(heads=heads)
+    expected = reference.route_heads_by_signs(q, gates, cache, rows, active_heads, pool_block)
+    assert torch.equal(kernels.route_heads_by_signs(q, gates, cache, rows, active_heads, pool_block), expected)
+
+
+def test_the_lower_of_heads_equal_by_signs_wins():
+    q, gates, cache, rows = make_signed_case()
+    gates.zero_()
+    gates[:, 5] = -1.0
+    routed = kernels.route_heads_by_signs(q, gates, cache, rows, 3, 64)
+    assert torch.equal(routed, reference.route_heads_by_signs(q, gates, cache, rows, 3, 64))
+    assert (routed[:, :2] == torch.arange(2)).all() and (routed[:, 2] == 5).any()
+
+
+@pytest.mark.parametrize("segment_pages", [1, 2, 16, 64])
+@pytest.mark.parametrize("shared", [False, True])
+def test_routing_by_signs_is_the_same_however_pages_are_shared(monkeypatch, segment_pages, shared):
+    """Scores that differ by a rounding, or not at all."""
+    spec = [(0, visible) for visible in (64 * 40, 64 * 40 - 1, 64 * 17 + 5, 64 * 16, 64, 63)] + [(1, 0), (1, 640)]
+    q, gates, cache, rows = make_signed_case(lengths=[64 * 40, 640], spec=spec, heads=16)
+    q = q.view(torch.uint8)[:, :1].expand(-1, 16, -1).contiguous().view(q.dtype)
+    gates = 1 + torch.randint(-2, 3, gates.shape) * 2.0**-23
+    alone = [
+        kernels.route_heads_by_signs(q[m : m + 1], gates[m : m + 1], cache, rows[m : m + 1], 5, 64)
+        for m in range(len(rows))
+    ]
+    monkeypatch.setattr(signed_means, "SEGMENT_PAGES", segment_pages)
+    monkeypatch.setattr(signed_means, "MIN_ROWS_TO_POOL", 0 if shared else 1000)
+    monkeypatch.setattr(signed_means, "SCANNED_ROWS", 4)
+    assert torch.equal(kernels.route_heads_by_signs(q, gates, cache, rows, 5, 64), torch.cat(alone))
+
+
+def test_segments_grow_until_their_sums_fit(monkeypatch):
+    q, gates, cache, rows = make_signed_case(lengths=[64 * 40], spec=[(0, 64 * 40), (0, 64 * 20)])
+    whole = kernels.route_heads_by_signs(q, gates, cache, rows, 3, 64)
+    for most in (0, 1, 2):
+        monkeypatch.setattr(signed_means, "SUMS_BYTES", 2048 * most)
+        size, segments = signed_means._segments(1, 64 * 40)
+        assert segments <= most and size * segments <= 40
+        assert torch.equal(kernels.route_heads_by_signs(q, gates, cache, rows, 3, 64), whole)
+
+
+@pytest.mark.parametrize("requests", [1, 7, 1024, 8192])
+def test_workspace_of_the_signs_is_bounded(requests):
+    size, segments = signed_means._segments(requests, 2**20)
+    taken = requests * segments * 2048
+    assert taken <= signed_means.signs_workspace_bytes(requests, 2**20) <= signed_means.SUMS_BYTES
+    assert size * (segments + 1) > 2**20 // PAGE_TOKENS
+
+
+# ---------------------------------------------------------------- selection
 
 
 @pytest.mark.parametrize("keys", ["random", "constant", "wide", "periodic"])
