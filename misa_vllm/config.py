@@ -15,8 +15,13 @@ CHECKPOINT_FIELDS = {
     "active_heads": "misa_topk_heads",
     "pool_block": "misa_k_block_size",
     "candidates": "misa_stage1_topk",
+    "statistic": "misa_statistic",
 }
-"""Option -> field of a checkpoint's config.json that stands in where the option is absent (the paper's release)."""
+"""Option -> field of a checkpoint's config.json that stands in where the option is absent (all but the last: the paper's
+release)."""
+
+READS_STATISTIC = ("misa", "hierarchical")
+"""Policies whose router can read another statistic than the mean."""
 
 
 class MISAOptions(BaseModel):
@@ -36,7 +41,7 @@ class MISAOptions(BaseModel):
     min_context: int | None = Field(default=None, ge=0)
     """Tokens a query must see before its heads are routed; below it exact DSA runs. Default: the policy's
     `default_min_context`."""
-    statistic: str = STATISTICS[0]
+    statistic: str | None = None
     """What heads are ranked by: block means ("mean"), or the means of the keys' positive and of their negative parts
     ("mean_positive"). Policy hisa takes "mean" only."""
     exact_decode: bool = False
@@ -65,11 +70,6 @@ def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings
         raise MISAConfigError(
             f'option "policy" in additional_config["misa"] cannot be {given.policy!r}: choose {", ".join(POLICIES)}'
         )
-    if given.statistic not in STATISTICS:
-        raise MISAConfigError(
-            f'option "statistic" in additional_config["misa"] cannot be {given.statistic!r}: '
-            f"choose {' or '.join(STATISTICS)}"
-        )
     index_heads = getattr(hf_config, "index_n_heads", None)
     topk = getattr(hf_config, "index_topk", None)
     if not index_heads or not topk:
@@ -84,12 +84,19 @@ def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings
             f"the model's index_head_dim is {head_dim}; MISA supports {INDEX_HEAD_DIM}: use another attention backend"
         )
 
-    def pick(option: str, default: int) -> int:
+    def pick(option: str, default: Any) -> Any:
         value = getattr(given, option)
         if value is None:
             value = getattr(hf_config, CHECKPOINT_FIELDS.get(option, ""), None)
         return default if value is None else value
 
+    statistic = pick("statistic", STATISTICS[0])
+    if given.statistic is None and given.policy not in READS_STATISTIC:
+        statistic = STATISTICS[0]  # what a checkpoint prefers does not keep other policies from being compared
+    if statistic not in STATISTICS:
+        raise MISAConfigError(
+            f'option "statistic" in additional_config["misa"] cannot be {statistic!r}: choose {" or ".join(STATISTICS)}'
+        )
     candidates = pick("candidates", max(8192, topk))
     min_context = POLICIES[given.policy].default_min_context(index_heads, candidates)
     settings = IndexerSettings(
@@ -101,7 +108,7 @@ def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings
         candidates=candidates,
         min_context=pick("min_context", min_context),
         exact_decode=given.exact_decode,
-        statistic=given.statistic,
+        statistic=statistic,
         audit_every=given.audit_every,
         routes_heads=POLICIES[given.policy].routes_heads,
     )

@@ -27,6 +27,15 @@ def test_checkpoint_fields_stand_in_for_absent_options():
     assert (settings.active_heads, settings.pool_block, settings.candidates) == (16, 128, 4096)
 
 
+def test_a_checkpoint_may_name_the_statistic():
+    hf = model(misa_statistic="mean_positive")
+    statistics = {policy: resolve_settings({"policy": policy}, hf).statistic for policy in ("misa", "hierarchical", "hisa")}
+    assert statistics == {"misa": "mean_positive", "hierarchical": "mean_positive", "hisa": "mean"}
+    assert resolve_settings({"statistic": "mean"}, hf).statistic == "mean"
+    with pytest.raises(MISAConfigError, match="cannot be 'median'"):
+        resolve_settings({}, model(misa_statistic="median"))
+
+
 def test_few_heads_limit_the_default():
     assert resolve_settings({}, model(index_n_heads=4)).active_heads == 4
 
