@@ -108,8 +108,8 @@ def captured(engine):
     layers: dict[int, Captured] = {}
     select, forward_mqa = Indexer.select, SparseMLAImpl.forward_mqa
 
-    def capture_select(indexer, q, gates, index_cache, rows, out):
-        select(indexer, q, gates, index_cache, rows, out)
+    def capture_select(indexer, q, gates, index_cache, rows, out, exact=False):
+        select(indexer, q, gates, index_cache, rows, out, exact)
         layer = layers.setdefault(id(indexer), Captured())
         for row, visible in enumerate(rows.visible.tolist()):
             layer.queries[visible - 1] = q[row].clone(), gates[row].clone()
