@@ -82,6 +82,18 @@ def test_dsa_generates_stocks_tokens(extended, model, prompts, request):
     assert different(ours[0], stock[0]) <= 2 * noise
 
 
+def test_exact_decode_generates_what_dsa_does(extended, deepseek_model):
+    """From prompts that fit in top-k, so that nothing but decode steps chooses; one routed head would choose badly."""
+    prompts = [random_prompt(TOPK - 12 - i, seed=i) for i in range(8)]
+    routed = {"pool_block": 64, "active_heads": 1}
+    generated = []
+    for misa in ({"policy": "dsa"}, {**routed, "exact_decode": True}, routed):
+        with sorted_selections(), offline_engine(deepseek_model, misa, **OPTIONS) as llm:
+            generated.append(greedy(llm, prompts, 64))
+    assert generated[0] == generated[1]
+    assert generated[0] != generated[2], "the model cannot tell one head from all"
+
+
 def test_prompts_are_audited(deepseek_model, monkeypatch):
     """Every 64th position of a prompt, in both layers; what graphs decode is left out."""
     length, counted = 3009, Counter()  # no such position follows among the tokens decoded
