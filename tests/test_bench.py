@@ -294,10 +294,10 @@ WORDS = ("--k", "50", "--active-heads", "2", "--pool-block", "128", "--candidate
 SMALL = (*WORDS, "--rows", "70", "--keys", "300", "500", "--batches", "1", "3", "--decode-keys", "180", "700")
 
 
-def compared(case, ours=reference, max_visible=None, **changes):
-    args = arguments("kernels", *WORDS)
-    given = options(candidates=200, **changes)
-    pool = KeyPool(40, torch.device("cpu"))
+def compared(case, ours=reference, max_visible=None, statistic="mean", **changes):
+    args = arguments("kernels", *WORDS, "--statistic", statistic)
+    given = options(candidates=200, statistic=statistic, **changes)
+    pool = KeyPool(40, torch.device("cpu"), statistic=statistic)
     inputs = [make_inputs(case, pool, number, max_visible or case.keys) for number in range(2)]
     ours = indexers.OurIndexer(ours, case, inputs, given, args, min_context=0)
     return indexers.check(ours, indexers.StockIndexer(DenseStock(), case, inputs, given))
@@ -312,8 +312,9 @@ def compared(case, ours=reference, max_visible=None, **changes):
         Case("decode", 8, 100, 2, 1),
     ],
 )
-def test_reference_agrees_with_stock(case):
-    checks = compared(case, max_visible=1024 if case.phase == "decode" else None)
+@pytest.mark.parametrize("statistic", ["mean", "mean_positive"])
+def test_reference_agrees_with_stock(case, statistic):
+    checks = compared(case, max_visible=1024 if case.phase == "decode" else None, statistic=statistic)
     assert indexers.disagreement(checks) is None
     assert {"exact", "select", "whole"} <= checks.keys()
     assert ("hierarchical" in checks) == (case.visible[0] > 200)
@@ -323,6 +324,12 @@ def test_reference_agrees_with_stock(case):
 def wrong(**replaced):
     names = ("update_page_means", "route_heads", "select_tokens", "rerank_tokens")
     return SimpleNamespace(**{name: getattr(reference, name) for name in names} | replaced)
+
+
+def test_other_heads_than_the_statistics_are_seen():
+    by_means = wrong(route_heads_by_signs=reference.route_heads)
+    checks = compared(Case("prefill", 8, 500, 1, 70), by_means, statistic="mean_positive")
+    assert "heads has 0." in indexers.disagreement(checks)
 
 
 def test_wrong_selection_is_seen():

@@ -29,7 +29,8 @@ def test_checkpoint_fields_stand_in_for_absent_options():
 
 def test_a_checkpoint_may_name_the_statistic():
     hf = model(misa_statistic="mean_positive")
-    statistics = {policy: resolve_settings({"policy": policy}, hf).statistic for policy in ("misa", "hierarchical", "hisa")}
+    policies = ("misa", "hierarchical", "hisa")
+    statistics = {policy: resolve_settings({"policy": policy}, hf).statistic for policy in policies}
     assert statistics == {"misa": "mean_positive", "hierarchical": "mean_positive", "hisa": "mean"}
     assert resolve_settings({"statistic": "mean"}, hf).statistic == "mean"
     with pytest.raises(MISAConfigError, match="cannot be 'median'"):

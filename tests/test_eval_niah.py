@@ -551,7 +551,8 @@ def test_engine_ends_with_its_parent(stub, monkeypatch, tmp_path):
 def test_one_cell_of_a_real_engine(model, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     words = ["--lengths", "321", "--depths", "40", "--seeds", "2", "--policy", "hierarchical", "--dtype", "float32"]
-    words += ["--options", '{"pool_block": 64, "candidates": 128, "min_context": 0}', "--tokenizer-mode", "hf", "--output", str(tmp_path)]
+    words += ["--options", '{"pool_block": 64, "candidates": 128, "min_context": 0}', "--tokenizer-mode", "hf"]
+    words += ["--output", str(tmp_path)]
     assert cli.main(["niah", str(model), *words]) == 0
     result = json.loads((tmp_path / "niah.json").read_text())
     assert [(one["prompt_tokens"], one["seed"]) for one in result["answers"]] == [(305, 0), (305, 1)]

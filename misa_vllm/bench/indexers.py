@@ -40,7 +40,8 @@ def available_kernels(names: list[str], device: torch.device) -> tuple[dict[str,
 
 def settings(policy: str, heads: int, args: argparse.Namespace, min_context: int) -> IndexerSettings:
     """The backend's options for one policy, as given on the command line."""
-    return IndexerSettings(policy, heads, args.k, args.active_heads, args.pool_block, args.candidates, min_context)
+    sizes = args.k, args.active_heads, args.pool_block, args.candidates
+    return IndexerSettings(policy, heads, *sizes, min_context, statistic=args.statistic)
 
 
 class StockIndexer:
@@ -129,13 +130,14 @@ class OurIndexer:
         return [self.route(number) for number in range(len(self.inputs))]
 
     def means(self, number: int) -> None:
-        self.kernels.update_page_means(self.inputs[number].index_cache, self.inputs[number].slots)
+        by_signs = self.options.statistic == "mean_positive"
+        update = self.kernels.update_signed_means if by_signs else self.kernels.update_page_means
+        update(self.inputs[number].index_cache, self.inputs[number].slots)
 
     def route(self, number: int) -> torch.Tensor:
         one, options = self.inputs[number], self.options
-        return self.kernels.route_heads(
-            one.q, one.gates, one.index_cache, one.rows, options.active_heads, options.pool_block
-        )
+        step = IndexerStep(one.q, one.gates, one.index_cache, one.rows, self.kernels)
+        return step.route(options.active_heads, options.pool_block, options.statistic)
 
     def _select(self, number: int, heads: torch.Tensor | None, k: int, out: torch.Tensor) -> torch.Tensor:
         one = self.inputs[number]
@@ -173,7 +175,10 @@ class OurIndexer:
     def workspace_bytes(self) -> int:
         """What vLLM's memory profile counts for policy misa."""
         case = self.case
-        return self.kernels.workspace_bytes(case.rows, case.keys, self.options.k)
+        size = self.kernels.workspace_bytes(case.rows, case.keys, self.options.k)
+        if self.options.statistic == "mean_positive":
+            size = max(size, self.kernels.signs_workspace_bytes(case.rows, case.keys))
+        return size
 
     def stages(self) -> dict[str, Callable[[int], object]]:
         stages = {"page means": self.means, "route": self.route, "select": self.select, "whole": self.whole}
@@ -241,9 +246,8 @@ def check(ours: OurIndexer, stock: StockIndexer) -> dict[str, float]:
     heads = ours.heads[0]
     has_blocks = one.rows.visible >= options.pool_block
     if bool(has_blocks.any()):
-        wanted = reference.route_heads(
-            one.q, one.gates, one.index_cache, one.rows, options.active_heads, options.pool_block
-        )
+        step = IndexerStep(one.q, one.gates, one.index_cache, one.rows, reference)
+        wanted = step.route(options.active_heads, options.pool_block, options.statistic)
         found["heads"] = shared_tokens(heads[has_blocks], wanted[has_blocks], case.heads).mean().item()
     selected = ours.select(0).clone()
     compare_with_stock("select", selected, routed_gates(one.gates, heads))

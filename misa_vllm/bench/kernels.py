@@ -23,6 +23,7 @@ from misa_vllm.bench import report
 from misa_vllm.bench.report import BenchmarkError, at_least
 from misa_vllm.bench.workload import Case, KeyPool, Options, make_inputs, work
 from misa_vllm.index_cache import PAGE_TOKENS
+from misa_vllm.settings import STATISTICS
 
 IMPLEMENTATIONS = ("cuda", "triton")
 PHASES = ("prefill", "decode")
@@ -45,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=count, default=2048, help="selected tokens (default: %(default)s)")
     parser.add_argument("--pool-block", type=count, default=1024, help="B (default: %(default)s)")
     parser.add_argument("--candidates", type=count, default=8192, help="C, hierarchical (default: %(default)s)")
+    text = "what heads are routed by (default: %(default)s)"
+    parser.add_argument("--statistic", choices=STATISTICS, default=STATISTICS[0], help=text)
     parser.add_argument("--min-context", type=at_least(0), help="the backend's option (default: 0)")
     parser.add_argument("--rows", type=count, default=2048, help="prefill: queries M (default: %(default)s)")
     keys = [32768, 65536, 131072]
@@ -157,7 +160,9 @@ class Benchmark:
             raise BenchmarkError(str(error).splitlines()[0]) from None
         min_context = args.min_context or 0
         route_from = indexers.settings("misa", args.heads[0], args, min_context).route_from
-        self.options = Options(args.active_heads, args.pool_block, args.candidates, args.k, route_from)
+        self.options = Options(
+            args.active_heads, args.pool_block, args.candidates, args.k, route_from, args.statistic
+        )
         self.min_context = min_context
         self.failures: list[str] = []
 
@@ -170,7 +175,7 @@ class Benchmark:
         if "growth" in sections:
             pages.append(TRANSIENT_KEYS // PAGE_TOKENS)
         try:
-            self.pool = KeyPool(max(pages), self.device)
+            self.pool = KeyPool(max(pages), self.device, statistic=self.options.statistic)
         except torch.cuda.OutOfMemoryError:
             raise BenchmarkError(
                 f"{max(pages)} pages of keys do not fit this GPU: lower --batches, --decode-keys or --keys"

@@ -16,8 +16,10 @@ from misa_vllm.index_cache import (
     keys_view,
     means_view,
     scales_view,
+    signed_means_view,
 )
 from misa_vllm.rows import QueryRows
+from misa_vllm.settings import STATISTICS
 
 KEY_BYTES = STOCK_PAGE_BYTES // PAGE_TOKENS
 """An FP8 key with its scale."""
@@ -66,13 +68,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Options:
-    """h, B, C, k and the context from which heads are routed."""
+    """h, B, C, k, the context from which heads are routed, and the statistic they are routed by."""
 
     active_heads: int
     pool_block: int
     candidates: int
     k: int
     route_from: int
+    statistic: str = STATISTICS[0]
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,15 @@ def _scores(case: Case, heads: int, visible_from: int = 0, visible_to: float = m
     return DOT_FLOP * heads * _pairs(case, lambda visible: visible if visible_from <= visible < visible_to else 0)
 
 
-def _route(case: Case, pool_block: int, visible_from: int = 0) -> Work:
-    """All heads against the means of the complete pool blocks."""
+def _route(case: Case, options: Options, visible_from: int = 0) -> Work:
+    """All heads against the means of the complete pool blocks, or against the sums of mean_positive's."""
+    pool_block = options.pool_block
     blocks = _pairs(case, lambda visible: visible // pool_block if visible >= visible_from else 0)
     means = case.requests * (case.keys // pool_block) * (pool_block // PAGE_TOKENS) if blocks else 0
-    return Work(DOT_FLOP * case.heads * blocks, means * MEAN_BYTES)
+    products = blocks
+    if options.statistic == "mean_positive":
+        products = 2 * _pairs(case, lambda visible: int(visible >= max(visible_from, pool_block)))
+    return Work(DOT_FLOP * case.heads * products, means * MEAN_BYTES)
 
 
 def work(case: Case, stage: str, options: Options) -> Work:
@@ -124,7 +131,7 @@ def work(case: Case, stage: str, options: Options) -> Work:
         pages = case.pages_each - (case.keys - case.rows_each) // PAGE_TOKENS
         return Work(0, case.requests * pages * (STOCK_PAGE_BYTES + MEAN_BYTES))
     if stage == "route":
-        return _route(case, options.pool_block)
+        return _route(case, options)
     if stage == "select":
         return Work(_scores(case, options.active_heads), _keys(case))
     if stage in ("scores", "exact"):
@@ -135,7 +142,7 @@ def work(case: Case, stage: str, options: Options) -> Work:
         return Work(0, _pairs(case) * torch.float32.itemsize)
     start = options.route_from if stage == "whole" else max(options.route_from, options.candidates + 1)
     scores = _scores(case, case.heads, visible_to=start) + _scores(case, options.active_heads, start)
-    total = Work(scores, _keys(case)) + _route(case, options.pool_block, start)
+    total = Work(scores, _keys(case)) + _route(case, options, start)
     if stage == "hierarchical":
         reranked = case.requests * sum(visible >= start for visible in case.visible) * options.candidates
         total += Work(DOT_FLOP * case.heads * reranked, KEY_BYTES * reranked)
@@ -143,10 +150,12 @@ def work(case: Case, stage: str, options: Options) -> Work:
 
 
 class KeyPool:
-    """Random index keys in pages, with their means: in our page layout and, equal, in stock vLLM's."""
+    """Random index keys in pages, with the router's statistic: in our page layout and, equal, in stock vLLM's."""
 
-    def __init__(self, num_pages: int, device: torch.device, seed: int = 0) -> None:
-        self.device = device
+    def __init__(
+        self, num_pages: int, device: torch.device, seed: int = 0, statistic: str = STATISTICS[0]
+    ) -> None:
+        self.device, self.statistic = device, statistic
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.index_cache = torch.empty(num_pages, PAGE_BYTES, dtype=torch.uint8, device=device)
         for start in range(0, num_pages, PAGES_AT_ONCE):
@@ -159,7 +168,11 @@ class KeyPool:
         values, scales = reference.quantize_fp8(keys)
         keys_view(pages).view(torch.uint8).copy_(values.view(torch.uint8))
         scales_view(pages).copy_(scales)
-        means_view(pages).copy_((values.float() * scales.unsqueeze(-1)).mean(dim=1))
+        keys = values.float() * scales.unsqueeze(-1)
+        if self.statistic == "mean_positive":
+            signed_means_view(pages).copy_(torch.stack([keys.relu().mean(dim=1), (-keys).relu().mean(dim=1)], dim=1))
+        else:
+            means_view(pages).copy_(keys.mean(dim=1))
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator, device=self.device)

@@ -9,8 +9,8 @@ ROWS_AT_ONCE = 1024
 
 
 RERANK_COST = 296
-"""Re-ranking a candidate takes as long as this many products of a head with a key in the exact kernel: from the times of
-both at 32768 and 65536 keys, H = 64 and 32, on one H200. It hardly depends on H, as keys are gathered one by one."""
+"""Re-ranking a candidate takes as long as this many products of a head with a key in the exact kernel: from the times
+of both at 32768 and 65536 keys, H = 64 and 32, on one H200. It hardly depends on H, as keys are gathered one by one."""
 
 
 class HierarchicalMISA(Policy):

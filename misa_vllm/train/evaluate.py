@@ -33,6 +33,7 @@ PERPLEXITY_LENGTHS = (1024, 4096, 32768)
 ROUND_TOKENS = 32768  # of one depth's prompts in a round
 KEPT_LENGTHS, KEPT_QUERIES = (8192, 32768, 131072), 64
 KEPT_HEADS, KEPT_BLOCK = 8, 1024  # the defaults of misa_vllm.config
+TRAINING_FIGURES = ("steps", "tokens", "stage_steps", "progress", "concentrate")  # of a checkpoint's page
 
 
 def autocast(device: torch.device):
@@ -205,9 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
         held_out = Corpus.read(options.data, "heldout")
         about = {
             "ngram": json.loads(options.ngram.read_text(encoding="utf-8")) if options.ngram else None,
-            "training": {
-                name: page[name] for name in ("steps", "tokens", "stage_steps", "progress", "concentrate") if name in page
-            },
+            "training": {name: page[name] for name in TRAINING_FIGURES if name in page},
             "machine": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
             "torch": torch.__version__,
         }

@@ -112,7 +112,7 @@ def agreement(one: list[int], other: list[int]) -> int:
 
 
 class Engine:
-    """An engine under `misa` that routes at any length, by pool blocks of a page; every layer's selections are recorded."""
+    """An engine under `misa` that routes at any length, by pool blocks of a page; records every layer's selections."""
 
     def __init__(self, model: str, misa: dict, **options) -> None:
         sizes = {"max_model_len": 8192, "max_num_seqs": 8, "max_num_batched_tokens": 8192, "enforce_eager": True}

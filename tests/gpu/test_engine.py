@@ -34,7 +34,7 @@ def extended(deepseek_model):
 
 @contextmanager
 def sorted_selections():
-    """Every selection in order of position, -1 last: stock's top-k leaves the order open, and attention rounds by it."""
+    """Every selection in order of position: stock's top-k leaves the order open, and attention rounds by it."""
     from vllm.models.deepseek_v32 import attention
 
     score = attention.sparse_attn_indexer
