@@ -17,8 +17,8 @@ CHECKPOINT_FIELDS = {
     "candidates": "misa_stage1_topk",
     "statistic": "misa_statistic",
 }
-"""Option -> field of a checkpoint's config.json that stands in where the option is absent; all but the last are those of
-the paper's release."""
+"""Option -> field of a checkpoint's config.json that stands in where the option is absent; all but the last are of the
+paper's release."""
 
 READS_STATISTIC = ("misa", "hierarchical")
 """Policies whose router can read another statistic than the mean."""

@@ -5,11 +5,15 @@ from collections.abc import Callable
 import torch
 
 from misa_vllm import metrics
+from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_BYTES, PAGE_TOKENS
 from misa_vllm.kernels import choose_kernels
 from misa_vllm.log import info_once
 from misa_vllm.policies import DSA, IndexerStep, make_policy
 from misa_vllm.rows import QueryRows
 from misa_vllm.settings import IndexerSettings
+
+ROWS_TO_COMPILE_FOR = 64
+"""Of one request: a prefill, as far as any kernel can tell."""
 
 
 class Indexer:
@@ -74,3 +78,17 @@ class Indexer:
         if self.settings.audit_every:
             size += metrics.audit_bytes(self.settings)
         torch.empty(size, dtype=torch.uint8, device=device)
+        if self.routes_by_signs:
+            self._compile_router(max_visible, device)
+
+    def _compile_router(self, max_visible: int, device: torch.device) -> None:
+        """Route rows that see nothing: what Triton compiles at first use is then ready for the first long prompt."""
+        heads, width = self.settings.index_heads, -(-max_visible // PAGE_TOKENS)
+        nothing = torch.zeros(ROWS_TO_COMPILE_FOR, dtype=torch.int32, device=device)
+        q = torch.zeros(ROWS_TO_COMPILE_FOR, heads, INDEX_HEAD_DIM, dtype=torch.uint8, device=device)
+        gates = torch.zeros(ROWS_TO_COMPILE_FOR, heads, device=device)
+        pages = torch.zeros(1, PAGE_BYTES, dtype=torch.uint8, device=device)
+        table = torch.zeros(1, width, dtype=torch.int32, device=device)
+        rows = QueryRows(table, request=nothing, visible=nothing, max_visible=max_visible)
+        step = IndexerStep(q.view(torch.float8_e4m3fn), gates, pages, rows, self.kernels)
+        step.route(self.settings.active_heads, self.settings.pool_block, self.settings.statistic)

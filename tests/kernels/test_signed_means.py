@@ -337,3 +337,21 @@ def test_policies_route_by_the_statistic(policy, routed_by):
         wanted = torch.empty_like(out)
         reference.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, 20, wanted)
         assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("statistic, calls", [("mean_positive", 1), ("mean", 0)])
+def test_prefills_routing_is_compiled_before_the_first(statistic, calls):
+    """While memory is profiled, on rows that see nothing: the reference would read pages that are not there."""
+    seen = []
+    indexer = Indexer(IndexerSettings("misa", 32, 20, 8, 128, 40, 0, statistic=statistic), "cpu")
+    indexer.kernels = SimpleNamespace(
+        route_heads_by_signs=lambda *args: seen.append(args) or reference.route_heads_by_signs(*args),
+        workspace_bytes=lambda *args: 4,
+        signs_workspace_bytes=lambda *args: 5,
+    )
+    indexer.reserve(8192, 100_000, torch.device("cpu"))
+    assert len(seen) == calls
+    for q, gates, index_cache, rows, active_heads, pool_block in seen:
+        assert q.shape == (len(rows), 32, 128) and gates.shape == q.shape[:2] and len(rows) > 8
+        assert rows.block_table.shape == (1, 1563) and rows.max_visible == 100_000 and not rows.visible.any()
+        assert (active_heads, pool_block) == (8, 128)
