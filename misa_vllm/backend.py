@@ -69,11 +69,8 @@ class MISAMetadataBuilder(AttentionMetadataBuilder[MISAMetadata]):
             min_visible=int(visible.min()) if len(visible) else 0,
         )
         last = lengths.numpy()
-        # decodes first, as they are counted; the batch itself is not ordered
         decoding = query_lens <= self.longest_decode
-        order = torch.argsort(decoding.logical_not().int(), stable=True).numpy()
-        first, last = (last - query_lens.numpy() + 1)[order], last[order]
-        metrics.count_queries(self.settings, first, last, int(decoding.sum()))
+        metrics.count_queries(self.settings, last - query_lens.numpy() + 1, last, decoding.numpy())
         exact = decoding.repeat_interleave(query_lens) if self.settings.exact_decode and decoding.any() else None
         return MISAMetadata(
             num_actual_tokens=tokens,

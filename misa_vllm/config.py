@@ -20,9 +20,6 @@ CHECKPOINT_FIELDS = {
 """Option -> field of a checkpoint's config.json that stands in where the option is absent; all but the last are of the
 paper's release."""
 
-READS_STATISTIC = ("misa", "hierarchical")
-"""Policies whose router can read another statistic than the mean."""
-
 
 class MISAOptions(BaseModel):
     """The user's options; None means "not given"."""
@@ -91,7 +88,7 @@ def resolve_settings(options: dict[str, Any], hf_config: Any) -> IndexerSettings
         return default if value is None else value
 
     statistic = pick("statistic", STATISTICS[0])
-    if given.statistic is None and given.policy not in READS_STATISTIC:
+    if given.statistic is None and statistic not in POLICIES[given.policy].statistics and statistic in STATISTICS:
         statistic = STATISTICS[0]  # what a checkpoint prefers does not keep other policies from being compared
     if statistic not in STATISTICS:
         raise MISAConfigError(

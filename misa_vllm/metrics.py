@@ -102,24 +102,25 @@ def _add(counter: str, amount: float) -> None:
 
 
 def count_queries(
-    settings: IndexerSettings, first_visible: np.ndarray, last_visible: np.ndarray, decodes: int = 0
+    settings: IndexerSettings, first_visible: np.ndarray, last_visible: np.ndarray, decoding: np.ndarray | None = None
 ) -> None:
     """Count a step's queries by path.
 
     first_visible, last_visible [R]: how many keys the first and the last query of each request see; those in
-    between see one more each. The first `decodes` requests decode.
+    between see one more each. decoding [R] bool: which requests decode; None: none.
     """
 
-    def queries(least: int, most: int, start: int = 0) -> int:
-        """That see `least` to `most` keys, of the requests from `start` on."""
-        first, last = first_visible[start:].clip(min=least), last_visible[start:].clip(max=most)
+    def queries(least: int, most: int, requests: np.ndarray | slice = slice(None)) -> int:
+        """That see `least` to `most` keys, of some requests."""
+        first, last = first_visible[requests].clip(min=least), last_visible[requests].clip(max=most)
         return int((last - first + 1).clip(min=0).sum())
 
     largest = np.iinfo(np.int32).max
     every, selecting_all = queries(0, largest), queries(0, settings.topk)
     routed = 0
     if settings.routes_heads:
-        routed = queries(settings.route_from, largest, decodes if settings.exact_decode else 0)
+        all_may = decoding is None or not settings.exact_decode
+        routed = queries(settings.route_from, largest, slice(None) if all_may else ~decoding)
     _add("all", selecting_all)
     _add("routed", routed)
     _add("exact", every - selecting_all - routed)

@@ -49,7 +49,7 @@ def test_queries_are_counted_by_path(directory):
 def test_exact_decodes_are_counted_as_such(directory):
     settings = replace(SETTINGS, exact_decode=True)
     # two decodes, one of them among the first tokens of a request, and the prompt of 70 tokens
-    metrics.count_queries(settings, np.array([1000, 3, 1]), np.array([1000, 3, 70]), decodes=2)
+    metrics.count_queries(settings, np.array([1000, 3, 1]), np.array([1000, 3, 70]), np.array([True, True, False]))
     seen = samples(directory)
     assert [seen["misa:queries_total", path] for path in metrics.PATHS] == [1 + 4, 1 + 59, 7]
 

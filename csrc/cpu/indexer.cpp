@@ -242,6 +242,19 @@ void rerank_tokens(const Tensor& q, const Tensor& gates, const Tensor& candidate
 
 namespace {
 
+// The rows that see a complete pool block; every other row gets the first heads.
+std::vector<int64_t> rows_with_blocks(const Rows& rows, int64_t pool_block, const View2<int32_t>& routed) {
+  const int h = (int)routed.columns;
+  std::vector<int64_t> members;
+  for (int64_t m = 0; m < rows.visible.size; ++m) {
+    if (rows.visible[m] >= pool_block)
+      members.push_back(m);
+    else
+      select_all(routed[m], routed.column, h, h);
+  }
+  return members;
+}
+
 // The h heads with the largest score, ascending; of equal scores the lower head wins and NaN counts as largest.
 void top_heads(const float* score, int heads, int h, const View2<int32_t>& out, int64_t row) {
   bool chosen[kMaxHeads] = {};
@@ -269,13 +282,7 @@ void route_heads(const Tensor& q, const Tensor& gates, const Tensor& index_cache
   const int h = (int)routed.columns, all_heads = (int)q8.size1;
   require(all_heads <= kMaxHeads, "head count", all_heads, "is more than the 256 that the router takes");
 
-  std::vector<int64_t> members;
-  for (int64_t m = 0; m < rows.visible.size; ++m) {
-    if (rows.visible[m] >= pool_block)
-      members.push_back(m);
-    else
-      select_all(routed[m], routed.column, h, h);
-  }
+  std::vector<int64_t> members = rows_with_blocks(rows, pool_block, routed);
   group_by_request(rows, members);
 
   const int panel_keys = simd().panel_keys;
@@ -351,13 +358,7 @@ void route_heads_by_signs(const Tensor& q, const Tensor& gates, const Tensor& in
   const int h = (int)routed.columns, all_heads = (int)q8.size1;
   require(all_heads <= kMaxHeads, "head count", all_heads, "is more than the 256 that the router takes");
 
-  std::vector<int64_t> members;
-  for (int64_t m = 0; m < rows.visible.size; ++m) {
-    if (rows.visible[m] >= pool_block)
-      members.push_back(m);
-    else
-      select_all(routed[m], routed.column, h, h);
-  }
+  std::vector<int64_t> members = rows_with_blocks(rows, pool_block, routed);
   const auto blocks_of = [&](int64_t m) { return rows.visible[m] / pool_block; };
   std::stable_sort(members.begin(), members.end(), [&](int64_t a, int64_t b) {
     return rows.request[a] != rows.request[b] ? rows.request[a] < rows.request[b] : blocks_of(a) < blocks_of(b);

@@ -8,7 +8,7 @@ import torch
 
 from misa_vllm.kernels import Kernels
 from misa_vllm.rows import QueryRows
-from misa_vllm.settings import IndexerSettings
+from misa_vllm.settings import STATISTICS, IndexerSettings
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ class Policy(ABC):
 
     routes_heads: ClassVar[bool] = True
     """Whether the policy routes heads, and so needs the pages' statistic kept current."""
+
+    statistics: ClassVar[tuple[str, ...]] = STATISTICS[:1]
+    """What the policy can read of the keys, names in `misa_vllm.settings.STATISTICS`."""
 
     def __init__(self, settings: IndexerSettings) -> None:
         self.settings = settings

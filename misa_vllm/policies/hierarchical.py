@@ -3,6 +3,7 @@
 import torch
 
 from misa_vllm.policies.base import IndexerStep, Policy
+from misa_vllm.settings import STATISTICS
 
 ROWS_AT_ONCE = 1024
 """Bounds the candidate lists: 1024 rows of 8192 int32 are 32 MiB."""
@@ -14,6 +15,8 @@ of both at 32768 and 65536 keys, H = 64 and 32, on one H200. It hardly depends o
 
 
 class HierarchicalMISA(Policy):
+    statistics = STATISTICS
+
     @classmethod
     def default_min_context(cls, index_heads: int, candidates: int) -> int:
         return candidates * RERANK_COST // index_heads

@@ -3,9 +3,12 @@
 import torch
 
 from misa_vllm.policies.base import IndexerStep, Policy
+from misa_vllm.settings import STATISTICS
 
 
 class MISA(Policy):
+    statistics = STATISTICS
+
     def select(self, step: IndexerStep, out: torch.Tensor) -> None:
         settings = self.settings
         first_routed = settings.route_from

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import torch
 from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.config import CUDAGraphMode
@@ -32,7 +33,7 @@ class MetadataBuilderWithRows(DeepseekV32IndexerMetadataBuilder):
         # exact on the host for prefills only: a speculative decode's length is known on the device
         only_prefills = metadata.num_decodes == 0 and metadata.num_prefills > 0
         metadata.min_visible = int(first.min()) if only_prefills else 0
-        metrics.count_queries(self.settings, first, last, metadata.num_decodes)
+        metrics.count_queries(self.settings, first, last, np.arange(len(last)) < metadata.num_decodes)
         return metadata
 
 

@@ -302,9 +302,10 @@ def test_values_that_would_read_elsewhere_are_refused(cpu_kernels):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_cuda_takes_tritons():
     from misa_vllm.kernels import cuda
-    from misa_vllm.kernels.triton import signed_means
+    from misa_vllm.kernels.triton import page_means, signed_means
 
-    for name in ("update_signed_means", "route_heads_by_signs", "signs_workspace_bytes"):
+    assert cuda.update_signed_means is page_means.update_signed_means
+    for name in ("route_heads_by_signs", "signs_workspace_bytes"):
         assert getattr(cuda, name) is getattr(signed_means, name)
     with pytest.raises(AttributeError, match="route_by_median"):
         cuda.route_by_median

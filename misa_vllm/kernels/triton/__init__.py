@@ -13,7 +13,7 @@ _OPERATIONS = {
     "address_rows": "address",
     "update_page_means": "page_means",
     "route_heads": "route",
-    "update_signed_means": "signed_means",
+    "update_signed_means": "page_means",
     "route_heads_by_signs": "signed_means",
     "signs_workspace_bytes": "signed_means",
     "select_tokens": "select",

@@ -15,7 +15,6 @@ from misa_vllm.kernels.triton.fp8 import (
     DIM,
     MEAN,
     PAGE,
-    SCALES,
     fp8_argument,
     fp8_unit,
     has_fp8_dot,
@@ -23,49 +22,12 @@ from misa_vllm.kernels.triton.fp8 import (
 )
 from misa_vllm.kernels.triton.route import MIN_ROWS_TO_POOL, SCANNED_ROWS, _store_top_heads
 from misa_vllm.kernels.triton.scratch import scratch, spec_bytes
-from misa_vllm.reference import HALF_MAX
 from misa_vllm.rows import QueryRows
 
 SUMS_BYTES = 32 << 20
 """Bounds the sums of page segments; segments grow until theirs fit."""
 SEGMENT_PAGES = 16
-LARGEST = tl.constexpr(HALF_MAX)
 TILE = tl.constexpr(16)  # pages, or segments, that a program loads at a time
-
-
-def update_signed_means(index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """See `misa_vllm.kernels.Kernels.update_signed_means`."""
-    signed_means_view(index_cache)  # refuses pages that have no room for a statistic
-    tokens = slot_mapping.shape[0]
-    if tokens == 0:
-        return
-    native = has_fp8_dot(index_cache.device)
-    _signed_means_kernel[(tokens,)](
-        fp8_argument(index_cache, native), index_cache.stride(0), slot_mapping, tokens, NATIVE=native, num_warps=4
-    )
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _signed_means_kernel(cache, page_stride, slot_mapping, tokens, NATIVE: tl.constexpr):
-    token = tl.program_id(0)
-    slot = tl.load(slot_mapping + token)
-    following = tl.load(slot_mapping + token + 1, mask=token + 1 < tokens, other=-1)
-    last_of_page = (following != slot + 1) | (following % PAGE == 0)
-    if (slot >= 0) & last_of_page:
-        page = cache + (slot // PAGE) * page_stride
-        count = slot % PAGE + 1
-        token_in_page = tl.arange(0, PAGE)
-        dim = tl.arange(0, DIM)
-        # keys behind the last written one may be NaN, hence masks and not products with zero
-        present = token_in_page < count
-        keys = load_fp8(page + token_in_page[:, None] * DIM + dim[None, :], present[:, None], NATIVE).to(tl.float32)
-        scales = tl.load((page + SCALES).to(tl.pointer_type(tl.float32)) + token_in_page, mask=present, other=0.0)
-        keys *= (scales * fp8_unit(NATIVE))[:, None]
-        positive = tl.sum(tl.maximum(keys, 0.0), axis=0) / count.to(tl.float32)
-        negative = tl.sum(tl.maximum(-keys, 0.0), axis=0) / count.to(tl.float32)
-        target = (page + MEAN).to(tl.pointer_type(tl.float16)) + dim
-        tl.store(target, tl.minimum(positive, LARGEST).to(tl.float16))
-        tl.store(target + DIM, tl.minimum(negative, LARGEST).to(tl.float16))
 
 
 def _segments(requests: int, max_visible: int) -> tuple[int, int]:
