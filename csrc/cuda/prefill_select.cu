@@ -81,61 +81,93 @@ __global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __gr
 // ---------------------------------------------------------------- selection from the lists
 
 constexpr int kMaxSplits = 32;
-// Entries of a row that the final kernel holds in shared memory
+// Entries of a row that lists are kept for
 constexpr int kMostEntries = 24576;
-// Up to so many of them, several blocks share a multiprocessor
-constexpr int kFewEntries = 8192;
 constexpr int kFinalThreads = 512;
-constexpr int kManyFinalThreads = 1024;
+// A thread of the final kernel takes so many entries of one list at a time
+constexpr int kChunk = 8;
+// Where a row's lists have room for up to so many entries, of which they mostly hold two thirds, a thread keeps one chunk
+// of them in registers, else several
+constexpr int kFewEntries = kFinalThreads * kChunk * 3 / 2;
+constexpr int kMoreChunks = 3;
 // Positions that have a bit each in shared memory at a time
 constexpr int kWindow = 1 << 17;
 constexpr int kWindowWords = kWindow / 32;
-// Bits of a window are counted in 16 bits
 constexpr int kMostSelected = 16384;
 
 struct FinalShared {
-  union {
-    SelectScratch scratch;
-    struct {
-      alignas(8) uint16_t bits_before[kWindowWords];
-      uint32_t window_sums[32];
-    };
-  };
+  SelectScratch scratch;
   alignas(16) uint32_t words[kWindowWords];
   uint32_t few_count;
+  uint64_t cut;
 };
 
+// Neighbouring entries of list `split`; key 0: no entry. Positions are packed (see Splits), two a word.
+template <int kCount>
+struct Entries {
+  uint32_t key[kCount];
+  uint32_t packed[kCount / 2];
+  uint32_t split;
+
+  __device__ __forceinline__ uint32_t position(const Splits& in_splits, int i) const {
+    return in_splits.unpack(packed[i / 2] >> i % 2 * 16 & 0xFFFF, split);
+  }
+};
+
+// Neighbouring words, in as few loads as their number allows.
+template <int kCount>
+__device__ __forceinline__ void load_words(uint32_t (&to)[kCount], const uint32_t* from) {
+  if constexpr (kCount % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+      const uint4 four = reinterpret_cast<const uint4*>(from)[i];
+      to[4 * i] = four.x;
+      to[4 * i + 1] = four.y;
+      to[4 * i + 2] = four.z;
+      to[4 * i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = from[i];
+  }
+}
+
 // One block per slot: writes the row's selection, ascending, or lists the row as undecided if one of its lists
-// overflowed or the threshold let fewer than k keys pass.
-template <int kBlockThreads>
-__global__ __launch_bounds__(kBlockThreads, kBlockThreads == kFinalThreads ? 3 : 1)
-void final_kernel(const __grid_constant__ Params p) {
-  extern __shared__ __align__(16) uint32_t entries[];
+// overflowed or the threshold let fewer than k keys pass. A thread keeps its first kOwnChunks chunks of entries in
+// registers; they are read again where there are more, or where one pass over them does not do.
+template <int kOwnChunks>
+__global__ __launch_bounds__(kFinalThreads, kOwnChunks == 1 ? 3 : 2) void final_kernel(const __grid_constant__ Params p) {
+  // [k] positions, at last; before, the threads' own chunks (see own_bytes)
+  extern __shared__ __align__(16) uint32_t chosen[];
   __shared__ FinalShared sh;
   const int lane = threadIdx.x % 32;
   const int slot = blockIdx.x;
   const int row = p.row_begin + slot;
-  for (int i = threadIdx.x; i < kWindowWords / 4; i += kBlockThreads) {
-    reinterpret_cast<uint4*>(sh.words)[i] = make_uint4(0, 0, 0, 0);
-  }
-  for (int i = threadIdx.x; i < kSelectBins / 4; i += kBlockThreads) {
+  const auto clear_words = [&] {
+#pragma unroll
+    for (int i = threadIdx.x; i < kWindowWords / 4; i += kFinalThreads) {
+      reinterpret_cast<uint4*>(sh.words)[i] = make_uint4(0, 0, 0, 0);
+    }
+  };
+  clear_words();
+  for (int i = threadIdx.x; i < kSelectBins / 4; i += kFinalThreads) {
     reinterpret_cast<uint4*>(sh.scratch.bins)[i] = make_uint4(0, 0, 0, 0);
   }
   if (threadIdx.x == 0) sh.few_count = 0;
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
+  const uint32_t capacity = p.list_capacity;
   const int visible = p.rows.visible[row];
+  // Lane s of every warp knows list s. Loaded together with what says whether there are any
+  const uint32_t count = lane < p.splits ? p.counts[static_cast<int64_t>(slot) * p.splits + lane] : 0;
+  const float threshold = p.threshold[slot];
   if (visible < p.written_from || visible >= p.scored_to) return;
   int32_t* out = p.out + row * p.out_row_stride;
   if (visible < p.scored_from) {
-    for (int i = threadIdx.x; i < p.k; i += kBlockThreads) out[i] = i < visible ? i : -1;
+    for (int i = threadIdx.x; i < p.k; i += kFinalThreads) out[i] = i < visible ? i : -1;
     return;
   }
 
-  // Lane s of every warp knows list s
-  const uint32_t capacity = p.list_capacity;
-  const uint32_t count = lane < p.splits ? p.counts[static_cast<int64_t>(slot) * p.splits + lane] : 0;
-  const float threshold = p.threshold[slot];
   const bool overflow = __any_sync(0xFFFFFFFFu, count > capacity);
   const uint32_t total = __reduce_add_sync(0xFFFFFFFFu, count);
   if (overflow || total < static_cast<uint32_t>(p.k)) {
@@ -143,155 +175,200 @@ void final_kernel(const __grid_constant__ Params p) {
     return;
   }
 
-  // A thread takes eight entries of one list at a time. In shared memory lists are multiples of as many; what fills them
-  // up is no entry.
-  constexpr uint32_t kNowhere = 0xFFFFFFFFu;  // past any window
-  uint32_t* const keys = entries;
-  uint32_t* const positions = entries + p.splits * capacity;
-  const uint32_t chunks = (count + 7) / 8;
+  const uint32_t chunks = (count + kChunk - 1) / kChunk;
   uint32_t chunks_end = chunks;
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
     const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, chunks_end, offset);
     if (lane >= offset) chunks_end += other;
   }
-  const uint32_t all_chunks = __shfl_sync(0xFFFFFFFFu, chunks_end, 31), stored = 8 * all_chunks;
-  // The cut lies not far above a threshold, as the lists keep little more than the k best
-  const ScoreBins bins = isfinite(threshold) ? ScoreBins::above(threshold) : ScoreBins::of_any_scores();
-  __syncthreads();  // bins are empty
-  for (uint32_t first = 0; first < all_chunks; first += kBlockThreads) {
+  const uint32_t all_chunks = __shfl_sync(0xFFFFFFFFu, chunks_end, 31);
+  // A warp loads together, of the chunks from `first` on, one a thread: the entries from `begin` on
+  auto load = [&](uint32_t first, uint32_t begin, auto count_of) {
+    constexpr int kCount = decltype(count_of)::value;
+    Entries<kCount> entries{};
     const uint32_t chunk = first + threadIdx.x;
-    uint32_t split = 0;
-    for (int other = 0; other < p.splits - 1; ++other) split += chunk >= __shfl_sync(0xFFFFFFFFu, chunks_end, other);
-    const uint32_t size = __shfl_sync(0xFFFFFFFFu, count, split);
-    const uint32_t in_list = (chunk - __shfl_sync(0xFFFFFFFFu, chunks_end - chunks, split)) * 8;
-    if (chunk >= all_chunks) break;
-    const int64_t place = static_cast<int64_t>(slot * p.splits + split) * capacity + in_list;
-    const auto* scores = reinterpret_cast<const uint4*>(p.list_scores + place);
-    const uint4 low = scores[0], high = scores[1];
-    const uint4 pairs = *reinterpret_cast<const uint4*>(p.list_positions + place);
-    uint32_t key[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    uint32_t position[8] = {pairs.x & 0xFFFF, pairs.x >> 16, pairs.y & 0xFFFF, pairs.y >> 16,
-                            pairs.z & 0xFFFF, pairs.z >> 16, pairs.w & 0xFFFF, pairs.w >> 16};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const bool exists = in_list + i < size;
-      key[i] = exists ? order_key(__uint_as_float(key[i])) : 0;
-      position[i] = exists ? p.in_splits.unpack(position[i], split) : kNowhere;
-      if (exists) atomicAdd(&sh.scratch.bins[bins.of(key[i])], 1u);
+    for (int other = 0; other < p.splits - 1; ++other) {
+      entries.split += chunk >= __shfl_sync(0xFFFFFFFFu, chunks_end, other);
     }
+    const uint32_t size = __shfl_sync(0xFFFFFFFFu, count, entries.split);
+    const uint32_t in_list =
+        (chunk - __shfl_sync(0xFFFFFFFFu, chunks_end - chunks, entries.split)) * kChunk + begin;
+    if (chunk >= all_chunks) return entries;
+    const int64_t place = static_cast<int64_t>(slot * p.splits + entries.split) * capacity + in_list;
+    load_words(entries.key, p.list_scores + place);
+    load_words(entries.packed, reinterpret_cast<const uint32_t*>(p.list_positions + place));
 #pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      *reinterpret_cast<uint4*>(keys + 8 * chunk + i) = make_uint4(key[i], key[i + 1], key[i + 2], key[i + 3]);
-      *reinterpret_cast<uint4*>(positions + 8 * chunk + i) =
-          make_uint4(position[i], position[i + 1], position[i + 2], position[i + 3]);
+    for (int i = 0; i < kCount; ++i) {
+      entries.key[i] = in_list + i < size ? order_key(__uint_as_float(entries.key[i])) : 0;
     }
+    return entries;
+  };
+  const auto has_chunks = [&](uint32_t first) { return first + threadIdx.x - lane < all_chunks; };
+  // Reads the chunks from `first` on, kCount entries at a time, and calls visit(key, position of no arguments) for each
+  auto for_each_read = [&](uint32_t first, auto count_of, auto&& visit) {
+    constexpr int kCount = decltype(count_of)::value;
+#pragma unroll 1
+    for (; has_chunks(first); first += kFinalThreads) {
+#pragma unroll 1
+      for (int begin = 0; begin < kChunk; begin += kCount) {
+        const Entries<kCount> entries = load(first, begin, count_of);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          if (entries.key[i] != 0) visit(entries.key[i], [&] { return entries.position(p.in_splits, i); });
+        }
+      }
+    }
+  };
+  using WholeChunk = std::integral_constant<int, kChunk>;
+  Entries<kChunk> own[kOwnChunks] = {};
+  // Positions are needed late, and keys once more where the search is long: they wait in shared memory
+  auto* const parked = reinterpret_cast<uint4*>(chosen) + threadIdx.x;
+  auto parked_at = [&](int j, int part) -> uint4& { return parked[(3 * j + part) * kFinalThreads]; };
+#pragma unroll
+  for (int j = 0; j < kOwnChunks; ++j) {
+    if (!has_chunks(j * kFinalThreads)) continue;
+    own[j] = load(j * kFinalThreads, 0, WholeChunk{});
+    const auto& [key, packed, split] = own[j];
+    parked_at(j, 0) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+    parked_at(j, 1) = make_uint4(key[0], key[1], key[2], key[3]);
+    parked_at(j, 2) = make_uint4(key[4], key[5], key[6], key[7]);
   }
+  auto read_others = [&](auto&& visit) {
+    for_each_read(kOwnChunks * kFinalThreads, std::integral_constant<int, 2>{}, visit);  // as registers are taken
+  };
+  auto for_each_entry = [&](auto&& visit) {
+#pragma unroll
+    for (int j = 0; j < kOwnChunks; ++j) {
+      load_words(own[j].packed, reinterpret_cast<const uint32_t*>(&parked_at(j, 0)));
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (own[j].key[i] != 0) visit(own[j].key[i], [&] { return own[j].position(p.in_splits, i); });
+      }
+    }
+    read_others(visit);
+  };
+  // The same, for passes of a search that may be many
+  auto for_each_parked = [&](auto&& visit) {
+#pragma unroll
+    for (int j = 0; j < kOwnChunks; ++j) {
+      if (!has_chunks(j * kFinalThreads)) continue;
+      Entries<kChunk> entries;
+      const uint4 packed = parked_at(j, 0), low = parked_at(j, 1), high = parked_at(j, 2);
+      entries = {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w},
+                 {packed.x, packed.y, packed.z, packed.w},
+                 own[j].split};
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (entries.key[i] != 0) visit(entries.key[i], [&] { return entries.position(p.in_splits, i); });
+      }
+    }
+    read_others(visit);
+  };
+  auto value_of = [](uint32_t key, uint32_t position) {
+    return static_cast<uint64_t>(key) << 32 | (0xFFFFFFFFu - position);
+  };
+
+  // The cut lies not far above a threshold, as the lists keep little more than the k best. Without one they keep all keys
+  const ScoreBins bins = isfinite(threshold) ? ScoreBins::above(threshold) : ScoreBins::of_all_scores();
+  __syncthreads();  // bins are empty
+  for_each_entry([&](uint32_t key, auto) { atomicAdd(&sh.scratch.bins[bins.of(key)], 1u); });
   __syncthreads();
-  choose_bin<kBlockThreads>(p.k, sh.scratch);
+  choose_bin<kFinalThreads>(p.k, sh.scratch);
   const Cut start = cut_of_bin(bins, p.k, sh.scratch);
 
-  // A bit of each selected position; an entry that is not selected gets a position past any window
-  auto value_at = [&](uint32_t i) { return (static_cast<uint64_t>(keys[i]) << 32) | (0xFFFFFFFFu - positions[i]); };
+  // A bit of each selected position
   auto set_bit = [&](uint32_t at) {
     if (at < kWindow) atomicOr(&sh.words[at / 32], 1u << at % 32);
   };
-  if (!start.done && start.inside <= kFewValues) {
-    // Those of the bin are ranked among themselves; until then they wait where the bins were
+  uint64_t cut = start.low;
+  if (start.inside <= kFewValues) {
+    // Those of the bin are ranked among themselves; they wait where the bins were
     auto* const few = reinterpret_cast<uint64_t*>(sh.scratch.bins);
-    uint32_t* const few_entries = sh.scratch.bins + 2 * kFewValues;
-#pragma unroll 2
-    for (uint32_t i = threadIdx.x; i < stored; i += kBlockThreads) {
-      const uint64_t value = value_at(i), offset = value - start.low;
-      if (value < start.low) {
-        positions[i] = kNowhere;
-      } else if (offset <= start.span) {
-        const uint32_t place = atomicAdd(&sh.few_count, 1u);
-        few[place] = value;
-        few_entries[place] = i;
+    const auto low = static_cast<uint32_t>(start.low >> 32), high = static_cast<uint32_t>(start.low + start.span >> 32);
+    for_each_entry([&](uint32_t key, auto position) {
+      if (key < low) return;
+      const uint32_t at = position();
+      if (key > high) {
+        set_bit(at);
       } else {
-        set_bit(position_of(value));
+        few[atomicAdd(&sh.few_count, 1u)] = value_of(key, at);
       }
-    }
+    });
     __syncthreads();
     if (threadIdx.x < start.inside) {
-      const uint64_t own = few[threadIdx.x];
+      const uint64_t value = few[threadIdx.x];
       uint32_t larger = 0;
 #pragma unroll 4
-      for (uint32_t i = 0; i < start.inside; ++i) larger += few[i] > own;
-      if (larger < start.need) {
-        set_bit(position_of(own));
-      } else {
-        positions[few_entries[threadIdx.x]] = kNowhere;
-      }
+      for (uint32_t i = 0; i < start.inside; ++i) larger += few[i] > value;
+      if (larger < start.need) set_bit(position_of(value));
+      if (larger == start.need - 1) sh.cut = value;
     }
+    __syncthreads();
+    cut = sh.cut;
   } else {
-    select_sync<kBlockThreads>();
-    const uint64_t cut = end_search<kBlockThreads>(
+    select_sync<kFinalThreads>();
+    cut = end_search<kFinalThreads>(
         start,
         [&](auto&& visit) {
-#pragma unroll 2
-          for (uint32_t i = threadIdx.x; i < stored; i += kBlockThreads) visit(value_at(i));
+          for_each_parked([&](uint32_t key, auto position) { visit(value_of(key, position())); });
         },
         sh.scratch);
-    for (uint32_t i = threadIdx.x; i < stored; i += kBlockThreads) {
-      const uint64_t value = value_at(i);
-      if (value < cut) {
-        positions[i] = kNowhere;
-      } else {
-        set_bit(position_of(value));
-      }
-    }
+    for_each_parked([&](uint32_t key, auto position) {
+      const uint32_t at = position();
+      if (value_of(key, at) >= cut) set_bit(at);
+    });
+    __syncthreads();
   }
 
-  // Ascending positions: a selected one comes behind as many as there are bits before its own
-  constexpr int kOwnWords = kWindowWords / kBlockThreads;
-  static_assert(kOwnWords % 4 == 0 && kMostSelected <= 0xFFFF);
+  // Ascending positions: a thread lists those of its own words behind those of the threads before it
   uint32_t earlier = 0;  // in earlier windows
+#pragma unroll 1
   for (uint32_t window = 0; window < static_cast<uint32_t>(visible); window += kWindow) {
     if (window > 0) {
       __syncthreads();
-      for (int i = threadIdx.x; i < kWindowWords; i += kBlockThreads) sh.words[i] = 0;
+      clear_words();
       __syncthreads();
-      for (uint32_t i = threadIdx.x; i < stored; i += kBlockThreads) set_bit(positions[i] - window);
+      // all anew, as chosen positions are where entries were
+      for_each_read(0, std::integral_constant<int, 4>{}, [&](uint32_t key, auto position) {
+        const uint32_t at = position();
+        if (value_of(key, at) >= cut) set_bit(at - window);
+      });
+      __syncthreads();
     }
-    __syncthreads();
-    auto own_words = [&](int i) { return *reinterpret_cast<const uint4*>(&sh.words[threadIdx.x * kOwnWords + i]); };
+    int own_words = kWindowWords / kFinalThreads;
+    while (own_words > 4 && visible - window <= 16 * own_words * kFinalThreads) own_words /= 2;
+    auto four_words = [&](int i) { return *reinterpret_cast<const uint4*>(&sh.words[threadIdx.x * own_words + i]); };
     uint32_t sum = 0, all;
-#pragma unroll
-    for (int i = 0; i < kOwnWords; i += 4) {
-      const uint4 four = own_words(i);
+#pragma unroll 1
+    for (int i = 0; i < own_words; i += 4) {
+      const uint4 four = four_words(i);
       sum += __popc(four.x) + __popc(four.y) + __popc(four.z) + __popc(four.w);
     }
-    uint32_t before = block_exclusive_sum<kBlockThreads>(sum, sh.window_sums, all);
+    uint32_t place = earlier + block_exclusive_sum<kFinalThreads>(sum, sh.scratch.warp_sums, all);
+    earlier += all;
+    if (sum == 0) continue;
+#pragma unroll 1
+    for (int i = 0; i < own_words; i += 4) {
+      const uint4 four = four_words(i);
+      const uint32_t words[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int i = 0; i < kOwnWords; i += 4) {
-      const uint4 four = own_words(i);
-      const uint32_t second = before + __popc(four.x), third = second + __popc(four.y);
-      const uint32_t fourth = third + __popc(four.z);
-      *reinterpret_cast<uint2*>(&sh.bits_before[threadIdx.x * kOwnWords + i]) =
-          make_uint2(before | second << 16, third | fourth << 16);
-      before = fourth + __popc(four.w);
-    }
-    __syncthreads();
-    // The selection takes the place of the entries' keys
-#pragma unroll 2
-    for (uint32_t i = threadIdx.x; i < stored; i += kBlockThreads) {
-      const uint32_t position = positions[i], at = position - window;
-      if (at < kWindow) {
-        const uint32_t lower = sh.words[at / 32] & ((1u << at % 32) - 1);
-        keys[earlier + sh.bits_before[at / 32] + __popc(lower)] = position;
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t first = window + (threadIdx.x * own_words + i + j) * 32;
+#pragma unroll 1
+        for (uint32_t bits = words[j]; bits != 0; bits &= bits - 1) chosen[place++] = first + __ffs(bits) - 1;
       }
     }
-    earlier += all;
   }
   __syncthreads();
 #pragma unroll 2
-  for (int i = threadIdx.x; i < p.k; i += kBlockThreads) out[i] = static_cast<int32_t>(keys[i]);
+  for (int i = threadIdx.x; i < p.k; i += kFinalThreads) out[i] = static_cast<int32_t>(chosen[i]);
 }
 
+constexpr int kUndecidedThreads = 512;
+
 // Lists every scored row as undecided, for a k that lists are not kept for; the other rows are written.
-__global__ __launch_bounds__(kFinalThreads) void undecided_kernel(const __grid_constant__ Params p) {
+__global__ __launch_bounds__(kUndecidedThreads) void undecided_kernel(const __grid_constant__ Params p) {
   const int slot = blockIdx.x;
   const int row = p.row_begin + slot;
   const int visible = p.rows.visible[row];
@@ -305,7 +382,7 @@ __global__ __launch_bounds__(kFinalThreads) void undecided_kernel(const __grid_c
   }
   if (scored || visible < p.written_from || visible >= p.scored_to) return;
   int32_t* out = p.out + row * p.out_row_stride;
-  for (int i = threadIdx.x; i < p.k; i += kFinalThreads) out[i] = i < visible ? i : -1;
+  for (int i = threadIdx.x; i < p.k; i += kUndecidedThreads) out[i] = i < visible ? i : -1;
 }
 
 // ---------------------------------------------------------------- plan: how a call is cut into launches
@@ -490,14 +567,11 @@ constexpr cudaLaunchAttributeID kOverlaps = cudaLaunchAttributeProgrammaticStrea
 // Its blocks all run at the same time.
 constexpr cudaLaunchAttributeID kTogether = cudaLaunchAttributeCooperative;
 
+template <int kOwnChunks>
 void launch_final(const Params& p, cudaStream_t stream) {
-  const int entries = p.list_capacity * p.splits;
-  const size_t shared = entries * 2 * sizeof(uint32_t);
-  if (entries <= kFewEntries) {
-    launch(final_kernel<kFinalThreads>, p.num_rows, kFinalThreads, shared, stream, kOverlaps, p);
-  } else {
-    launch(final_kernel<kManyFinalThreads>, p.num_rows, kManyFinalThreads, shared, stream, kOverlaps, p);
-  }
+  const size_t own_bytes = kFinalThreads * kOwnChunks * kChunk * (sizeof(uint32_t) + sizeof(uint16_t));
+  const size_t shared = std::max(own_bytes, p.k * sizeof(uint32_t));
+  launch(final_kernel<kOwnChunks>, p.num_rows, kFinalThreads, shared, stream, kOverlaps, p);
 }
 
 template <int kHeads>
@@ -527,10 +601,14 @@ void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap
         const int items = static_cast<int>(ceil_div(p.num_rows, kTileRows)) * p.splits;
         launch(score_kernel<kHeads, Mode::kCollect>, std::min(items, multiprocessors), kThreads, kShared, stream,
                kOverlaps, page_map, p);
-        launch_final(p, stream);
+        if (p.list_capacity * p.splits <= kFewEntries) {
+          launch_final<1>(p, stream);
+        } else {
+          launch_final<kMoreChunks>(p, stream);
+        }
       }
     } else {
-      launch_simple("prefill selection", undecided_kernel, dim3(group.num_rows), kFinalThreads, stream, group);
+      launch_simple("prefill selection", undecided_kernel, dim3(group.num_rows), kUndecidedThreads, stream, group);
     }
     group.splits =
         best_splits(ceil_div(group.dense_rows, kTileRows), group.dense_stride / kPageTokens, multiprocessors);

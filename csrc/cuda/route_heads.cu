@@ -17,6 +17,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTileBlocks = 64;      // pool blocks per shared-memory tile of the pooled kernel
+constexpr int kFewTiles = 4;         // with more, 64 heads are worth scoring from one load of each
 constexpr int kPagesInFlight = 8;  // of a warp of the pooling kernel
 constexpr int kGroupPages = 8;     // pages that a warp of the direct kernel fetches at a time
 constexpr int kRingGroups = 3;
@@ -106,9 +107,10 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(RouteArguments args, int
       });
 }
 
-/// One warp per row; the CTA's rows share the tiles of pooled means of their request.
-template <int kFragments>
-__global__ void __launch_bounds__(kThreads, 1) route_pooled_kernel(const __grid_constant__ RouteArguments args) {
+/// One warp per row; the CTA's rows share the tiles of pooled means of their request. A row's heads are scored in kParts
+/// parts of kFragments * 16, each from all tiles: with fewer of them at a time two CTAs share a multiprocessor.
+template <int kFragments, int kParts>
+__global__ void __launch_bounds__(kThreads, kParts) route_pooled_kernel(const __grid_constant__ RouteArguments args) {
   __shared__ __align__(128) char tiles[2][kTileBlocks * kMeanRowBytes];
   __shared__ __align__(16) float scales[2][kTileBlocks];
   __shared__ float scores[kWarps][kMaxHeads];
@@ -117,75 +119,80 @@ __global__ void __launch_bounds__(kThreads, 1) route_pooled_kernel(const __grid_
   const int row = blockIdx.x * kWarps + warp;
   const bool exists = row < args.rows.count;
 
-  QueryFragment query[kFragments];
-#pragma unroll
-  for (int f = 0; f < kFragments; ++f) {
-    convert_query(
-        query[f], load_query(args.q + (exists ? row : 0) * args.q_row_stride, args.q_head_stride, 16 * f, args.heads));
-  }
   const int blocks = exists ? args.rows.visible[row] / args.pool_block : 0;
   if (lane == 0) {
     row_blocks[warp] = blocks;
     row_request[warp] = blocks > 0 ? args.rows.request[row] : -1;
   }
   __syncthreads();
-  ptx::wait_for_previous_kernel();  // the pooled means are complete from here on
 
-  float total[kFragments][2] = {}, sum[kFragments][2] = {};
-  uint32_t done = 0;  // rows whose request has been scored
-  for (int leader = 0; leader < kWarps; ++leader) {
-    if (done >> leader & 1 || row_blocks[leader] == 0) continue;
-    const int request = row_request[leader];
-    int most_blocks = 0;
-    for (int other = leader; other < kWarps; ++other) {
-      if (row_request[other] == request) {
-        most_blocks = max(most_blocks, row_blocks[other]);
-        done |= 1u << other;
-      }
-    }
-    const int my_blocks = row_request[warp] == request ? blocks : 0;
-    const int64_t row_base = static_cast<int64_t>(request) * args.max_blocks;
-    const int tile_count = (most_blocks + kTileBlocks - 1) / kTileBlocks;
-    const auto fetch = [&](int tile) {
-      const int first = tile * kTileBlocks, stage = tile % 2;
-      const int count = min(kTileBlocks, most_blocks - first);
-      for (int chunk = threadIdx.x; chunk < count * (kMeanRowBytes / 16); chunk += kThreads) {
-        ptx::cp_async<16>(tiles[stage] + chunk * 16, args.pooled + (row_base + first) * kMeanRowBytes + chunk * 16);
-      }
-      for (int i = threadIdx.x; i < count; i += kThreads) scales[stage][i] = args.pooled_scales[row_base + first + i];
-    };
-    fetch(0);
-    ptx::cp_async_commit();
-    for (int tile = 0; tile < tile_count; ++tile) {
-      if (tile + 1 < tile_count) fetch(tile + 1);
-      ptx::cp_async_commit();
-      ptx::cp_async_wait<1>();
-      __syncthreads();
-      const int first_block = tile * kTileBlocks;
-      for (int column = 0; column < kTileBlocks && first_block + column < my_blocks; column += kColumns) {
-        score_columns(sum, query, tiles[tile % 2], scales[tile % 2], column, my_blocks - first_block - column);
-        const int next = first_block + column + kColumns;
-        if (next % args.segment_blocks == 0 || next >= my_blocks) {
-          float segment[kFragments][2];
-          take_segment(segment, sum);
+#pragma unroll 1
+  for (int part = 0; part < kParts; ++part) {
+    const int first_head = part * 16 * kFragments;
+    QueryFragment query[kFragments];
 #pragma unroll
-          for (int f = 0; f < kFragments; ++f) {
-            total[f][0] += segment[f][0];
-            total[f][1] += segment[f][1];
-          }
+    for (int f = 0; f < kFragments; ++f) {
+      const uint8_t* from = args.q + (exists ? row : 0) * args.q_row_stride;
+      convert_query(query[f], load_query(from, args.q_head_stride, first_head + 16 * f, args.heads));
+    }
+    if (part == 0) ptx::wait_for_previous_kernel();  // the pooled means are complete from here on
+
+    float total[kFragments][2] = {}, sum[kFragments][2] = {};
+    uint32_t done = 0;  // rows whose request has been scored
+    for (int leader = 0; leader < kWarps; ++leader) {
+      if (done >> leader & 1 || row_blocks[leader] == 0) continue;
+      const int request = row_request[leader];
+      int most_blocks = 0;
+      for (int other = leader; other < kWarps; ++other) {
+        if (row_request[other] == request) {
+          most_blocks = max(most_blocks, row_blocks[other]);
+          done |= 1u << other;
         }
       }
-      __syncthreads();
+      const int my_blocks = row_request[warp] == request ? blocks : 0;
+      const int64_t row_base = static_cast<int64_t>(request) * args.max_blocks;
+      const int tile_count = (most_blocks + kTileBlocks - 1) / kTileBlocks;
+      const auto fetch = [&](int tile) {
+        const int first = tile * kTileBlocks, stage = tile % 2;
+        const int count = min(kTileBlocks, most_blocks - first);
+        for (int chunk = threadIdx.x; chunk < count * (kMeanRowBytes / 16); chunk += kThreads) {
+          ptx::cp_async<16>(tiles[stage] + chunk * 16, args.pooled + (row_base + first) * kMeanRowBytes + chunk * 16);
+        }
+        for (int i = threadIdx.x; i < count; i += kThreads) scales[stage][i] = args.pooled_scales[row_base + first + i];
+      };
+      fetch(0);
+      ptx::cp_async_commit();
+      for (int tile = 0; tile < tile_count; ++tile) {
+        if (tile + 1 < tile_count) fetch(tile + 1);
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<1>();
+        __syncthreads();
+        const int first_block = tile * kTileBlocks;
+        for (int column = 0; column < kTileBlocks && first_block + column < my_blocks; column += kColumns) {
+          score_columns(sum, query, tiles[tile % 2], scales[tile % 2], column, my_blocks - first_block - column);
+          const int next = first_block + column + kColumns;
+          if (next % args.segment_blocks == 0 || next >= my_blocks) {
+            float segment[kFragments][2];
+            take_segment(segment, sum);
+#pragma unroll
+            for (int f = 0; f < kFragments; ++f) {
+              total[f][0] += segment[f][0];
+              total[f][1] += segment[f][1];
+            }
+          }
+        }
+        __syncthreads();
+      }
     }
-  }
 
 #pragma unroll
-  for (int f = 0; f < kFragments; ++f) {
+    for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int head = 16 * f + 8 * half + lane / 4;
-      if (exists && lane % 4 == 0 && head < args.heads) {
-        scores[warp][head] = fabsf(args.gates[row * args.gates_stride + head]) * total[f][half];
+      for (int half = 0; half < 2; ++half) {
+        const int head = first_head + 16 * f + 8 * half + lane / 4;
+        if (exists && lane % 4 == 0 && head < args.heads) {
+          scores[warp][head] = fabsf(args.gates[row * args.gates_stride + head]) * total[f][half];
+        }
       }
     }
   }
@@ -331,14 +338,14 @@ __global__ void __launch_bounds__(kThreads, 2) route_direct_kernel(const __grid_
 
 // ---------------------------------------------------------------- launch
 
-template <int kFragments>
+template <int kFragments, int kParts>
 void launch_pooled(const RouteArguments& args, int requests, cudaStream_t stream) {
   const int pages_per_block = args.pool_block / kPageTokens;
   const int blocks_per_warp = std::max(1, kPagesInFlight / pages_per_block);
   const dim3 grid((args.max_blocks + kWarps * blocks_per_warp - 1) / (kWarps * blocks_per_warp), requests);
   if (grid.x > 0) launch_simple("route_heads, pooling", pool_kernel, grid, kThreads, stream, args, blocks_per_warp);
   launch_overlapping(
-      "route_heads", route_pooled_kernel<kFragments>, dim3((args.rows.count + kWarps - 1) / kWarps), kThreads, stream,
+      "route_heads", route_pooled_kernel<kFragments, kParts>, dim3((args.rows.count + kWarps - 1) / kWarps), kThreads, stream,
       args);
 }
 
@@ -422,11 +429,15 @@ void route_heads(
         args.pooled + static_cast<int64_t>(requests) * args.max_blocks * kMeanRowBytes);
   }
   if (args.heads <= 16) {
-    pools ? launch_pooled<1>(args, requests, stream) : launch_direct<1>(args, stream);
+    pools ? launch_pooled<1, 1>(args, requests, stream) : launch_direct<1>(args, stream);
   } else if (args.heads <= 32) {
-    pools ? launch_pooled<2>(args, requests, stream) : launch_direct<2>(args, stream);
+    pools ? launch_pooled<2, 1>(args, requests, stream) : launch_direct<2>(args, stream);
+  } else if (!pools) {
+    launch_direct<4>(args, stream);
+  } else if (args.max_blocks <= kFewTiles * kTileBlocks) {
+    launch_pooled<2, 2>(args, requests, stream);
   } else {
-    pools ? launch_pooled<4>(args, requests, stream) : launch_direct<4>(args, stream);
+    launch_pooled<4, 1>(args, requests, stream);
   }
 }
 

@@ -18,9 +18,13 @@ def test_two_ranks_select_what_one_does(start_engine, deepseek_model, monkeypatc
     engine = start_engine(deepseek_model, **OPTIONS)
     expected = engine.generate([PROMPT], tokens=TOKENS)
     selected = dict(engine.selected[0])
-    if not ON_GPU:  # else each rank wants a memory node to itself; the engine above had vLLM keep the variable's value
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        monkeypatch.setattr(vllm.envs, "VLLM_CPU_OMP_THREADS_BIND", "nobind", raising=False)
+    # On a GPU, the engine above has made a fork of this process useless; on CPU each rank wants a memory node to itself.
+    # It also had vLLM keep the variables' values.
+    variable, value = (
+        ("VLLM_WORKER_MULTIPROC_METHOD", "spawn") if ON_GPU else ("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    )
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(vllm.envs, variable, value, raising=False)
     worker = f"{RecordingWorker.__module__}.{RecordingWorker.__qualname__}"
     options = {**ON_DEVICE, **OPTIONS, "tensor_parallel_size": 2, "worker_extension_cls": worker}
     with offline_engine(deepseek_model, {"pool_block": 64}, **options) as llm:

@@ -62,6 +62,14 @@ def test_more_tokens_than_lists_are_kept_for(operators):
     assert_equals_reference(operators, case, random_heads(case, 8), 16_385)
 
 
+@pytest.mark.parametrize("k, length", [(3000, 6000), (12_000, 16_000), (64, 140_000)])
+def test_more_than_is_held_at_a_time(operators, k, length):
+    """Entries of a row's lists in registers, positions in the bitmap of the selected ones."""
+    operators.configure(5, seed=k)
+    case = make_case([[length, length - 1]], 8, seed=k, exact=True)
+    assert_equals_reference(operators, case, random_heads(case, 4), k)
+
+
 @pytest.mark.parametrize("active_heads", [2, 16, 64])
 def test_rows_of_many_lengths(operators, active_heads):
     operators.configure(3, seed=active_heads)

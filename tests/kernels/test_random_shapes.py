@@ -1,4 +1,6 @@
-"""Random shapes of everything at once; MISA_RANDOM_SHAPES says how many (10,000 take a GPU some minutes)."""
+"""Random shapes of everything at once; MISA_RANDOM_SHAPES says how many (10,000 take a GPU some minutes).
+
+MISA_FIRST_SHAPE says which is the first, so that several processes can share them."""
 
 import os
 import random
@@ -10,6 +12,7 @@ from .test_route import assert_routed
 from .test_select import assert_selected, rerank, select
 
 SHAPES = int(os.environ.get("MISA_RANDOM_SHAPES", "25"))
+FIRST = int(os.environ.get("MISA_FIRST_SHAPE", "0"))
 
 
 def draw_case(rng: random.Random, seed: int, device: str):
@@ -23,7 +26,7 @@ def draw_case(rng: random.Random, seed: int, device: str):
 
 
 def test_random_shapes(subject):
-    for seed in range(SHAPES):
+    for seed in range(FIRST, FIRST + SHAPES):
         rng = random.Random(seed)
         case = draw_case(rng, seed, subject.device)
         all_heads = case.q.shape[1]

@@ -53,6 +53,9 @@ struct ScoreBins {
     return {kShift, static_cast<int>((0x80000000u | (127 - 20) << 23) >> kShift)};
   }
 
+  // For any scores, of either sign: 1/4 octave.
+  __device__ __forceinline__ static ScoreBins of_all_scores() { return {32 - kSelectBinsLog2, 0}; }
+
   // For a cut that lies not far above `least`: 1/1024 octave from there on.
   __device__ __forceinline__ static ScoreBins above(float least) {
     constexpr int kShift = 13;
@@ -113,32 +116,30 @@ template <int kThreads>
 __device__ __forceinline__ uint32_t choose_bin(uint32_t need, SelectScratch& scratch) {
   constexpr int kScanThreads = 256;
   constexpr int kBinsPerThread = kSelectBins / kScanThreads;
-  uint32_t counts[kBinsPerThread], sum = 0;
+  uint32_t sum = 0;
   // opaque: a loop around this would keep all that follows from it in registers
   const int top = ptx::opaque(kSelectBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread);
   if (threadIdx.x < kScanThreads) {
 #pragma unroll
     for (int i = 0; i < kBinsPerThread; i += 4) {
       const uint4 four = *reinterpret_cast<const uint4*>(&scratch.bins[top - i - 3]);
-      counts[i] = four.w;
-      counts[i + 1] = four.z;
-      counts[i + 2] = four.y;
-      counts[i + 3] = four.x;
       sum += four.x + four.y + four.z + four.w;
     }
   }
   uint32_t total;
   uint32_t above = block_exclusive_sum<kThreads>(sum, scratch.warp_sums, total);
   if (threadIdx.x < kScanThreads && above < need && above + sum >= need) {
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) {
-      if (above < need && above + counts[i] >= need) {
-        scratch.chosen_bin = top - i;
-        scratch.above = above;
-        scratch.inside = counts[i];
-      }
-      above += counts[i];
+    // one thread: the counts are read again, not to take registers of all
+    int bin = top;
+    uint32_t inside = scratch.bins[bin];
+#pragma unroll 1
+    while (above + inside < need) {
+      above += inside;
+      inside = scratch.bins[--bin];
     }
+    scratch.chosen_bin = bin;
+    scratch.above = above;
+    scratch.inside = inside;
   }
   select_sync<kThreads>();
   return total;
