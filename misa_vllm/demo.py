@@ -9,39 +9,25 @@ request's queries (option `audit_every`).
 
 import argparse
 import json
-import os
 import random
-import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from misa_vllm.processes import START_TIMEOUT_S, ServerError, free_port, running_server
 
 DOCUMENT = Path(__file__).resolve().parent / "data" / "us_constitution.txt"
 QUESTION = "Which amendment lowered the voting age to eighteen years? Answer in one sentence."
 SERVED_NAME = "misa-demo"
 AUDIT_EVERY = 16
-START_TIMEOUT_S = 1800.0  # a large checkpoint takes minutes to load
-STOP_TIMEOUT_S = 20.0
-TAIL_LINES = 15
 
 
 class DemoError(Exception):
     """The demo cannot go on; the message says why."""
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nothing listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def server_command(model: str, port: int, options: dict, arguments: list[str]) -> list[str]:
@@ -53,76 +39,6 @@ def server_command(model: str, port: int, options: dict, arguments: list[str]) -
         *("--served-model-name", SERVED_NAME, "--additional-config", json.dumps({"misa": audited})),
         *arguments,
     ]
-
-
-@contextmanager
-def _ends_with_us(group: int):
-    """End the process group when this process dies, even by SIGKILL: the guard sees its standard input close."""
-    code = f"import os, sys; sys.stdin.read(); os.killpg({group}, {signal.SIGKILL:d})"
-    guard = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
-    try:
-        yield
-    finally:
-        guard.kill()
-        guard.wait()
-        guard.stdin.close()
-
-
-def _tail(log: Path, lines: int) -> list[str]:
-    return [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-lines:]
-
-
-@contextmanager
-def running_server(command: list[str], port: int, log: Path):
-    """Run `command` until the block ends, however it ends; yields the base URL once the server answers.
-
-    Raises:
-        DemoError: the server stopped, or did not answer in time.
-    """
-    with open(log, "wb") as output:
-        # a session of its own: its workers can be ended with it, and Ctrl-C reaches the demo alone
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        with _ends_with_us(server.pid):
-            url = f"http://127.0.0.1:{port}"
-            _wait_until_healthy(server, url, log)
-            yield url
-    finally:
-        try:
-            server.terminate()
-            server.wait(timeout=STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:  # also on a second Ctrl-C: whatever of its workers is left
-            with suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
-def _wait_until_healthy(server: subprocess.Popen, url: str, log: Path) -> None:
-    live, start = sys.stdout.isatty(), time.monotonic()
-    shown = start
-    while True:
-        if server.poll() is not None:
-            tail = "\n".join(f"    | {line}" for line in _tail(log, TAIL_LINES))
-            raise DemoError(f"{tail}\nthe server stopped with status {server.returncode}")
-        elapsed = time.monotonic() - start
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                print(("\r\033[K" if live else "") + f"Server up after {elapsed:.0f} s", flush=True)
-                return
-        except (urllib.error.URLError, OSError):
-            pass
-        if elapsed > START_TIMEOUT_S:
-            raise DemoError(f"the server did not answer within {START_TIMEOUT_S:.0f} s")
-        if live:
-            last = (_tail(log, 1) or [""])[0]
-            line = f"Starting the server  {elapsed:.0f} s  {last}"
-            print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
-        elif time.monotonic() - shown >= 10:
-            shown = time.monotonic()
-            print(f"Starting the server  {elapsed:.0f} s", flush=True)
-        time.sleep(0.5)
 
 
 @dataclass(frozen=True)
@@ -306,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\nAsking about {options.document.name}: {question}\n", flush=True)
             answer = ask(url, f"{document}\n\n{question}", options.max_tokens, temperature)
             counted = read_counters(url).since(before)
-    except (DemoError, OSError) as error:
+    except (DemoError, ServerError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
         if log.exists():
             print(f"The server's log: {log}", file=sys.stderr)

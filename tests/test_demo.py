@@ -1,90 +1,14 @@
-"""The demo's parts that need no model: its command line, its server's life, its reading of the metrics."""
+"""The demo's parts that need no model: its command line, its reading of the metrics."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 from misa_vllm import demo
 from misa_vllm.demo import Answer, Counters, DemoError
-
-# answers /health after a moment, and has a child as vLLM has workers; both ignore SIGTERM
-SERVER = """
-import http.server, signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-open(sys.argv[2], "w").write(str(child.pid))
-time.sleep(0.5)
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers()
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""
-
-
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def gone(pid, within=20.0):
-    end = time.monotonic() + within
-    while alive(pid) and time.monotonic() < end:
-        time.sleep(0.1)
-    return not alive(pid)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "STOP_TIMEOUT_S", 0.5)
-    port = demo.free_port()
-    return [sys.executable, "-c", SERVER, str(port), str(tmp_path / "pid")], port, tmp_path / "log"
-
-
-@pytest.mark.parametrize("ending", [None, KeyboardInterrupt, DemoError])
-def test_server_and_its_workers_end_with_the_block(server, tmp_path, ending):
-    try:
-        with demo.running_server(*server) as url:
-            assert urllib.request.urlopen(f"{url}/health").status == 200
-            worker = int((tmp_path / "pid").read_text())
-            assert alive(worker)
-            if ending:
-                raise ending
-    except (KeyboardInterrupt, DemoError):
-        pass
-    assert gone(worker)
-
-
-def test_server_ends_when_the_demo_is_killed(server, tmp_path):
-    command, port, log = server
-    code = (
-        "import sys, time; from pathlib import Path; from misa_vllm.demo import running_server\n"
-        f"with running_server({command!r}, {port}, Path({str(log)!r})): time.sleep(600)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert b"Server up" in process.stdout.readline()
-    worker = int((tmp_path / "pid").read_text())
-    assert alive(worker)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert gone(worker)
-
-
-def test_server_that_stops_is_told_with_its_last_lines(tmp_path):
-    command = [sys.executable, "-c", "print('because of this'); raise SystemExit(7)"]
-    with pytest.raises(DemoError, match="because of this\n.*status 7"):
-        with demo.running_server(command, demo.free_port(), tmp_path / "log"):
-            pytest.fail("it never answered")
 
 
 def test_command_line_audits_and_passes_options_on():

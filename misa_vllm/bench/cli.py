@@ -14,6 +14,7 @@ COMMAND = Command(
             "misa_vllm.bench.serve_shapes",
             "engines on a GPU: first token and decode speed, stock and misa",
         ),
+        "vllm": ("misa_vllm.bench.vllm_bench", "vLLM's own benchmarks of your model, stock and misa"),
     },
 )
 parser, main = COMMAND.parser, COMMAND.main

@@ -9,13 +9,10 @@ the engine's.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from misa_vllm import processes
 from misa_vllm.bench import decode_profile, report
 from misa_vllm.bench.report import at_least
 
@@ -276,19 +274,7 @@ def run_engine(engine: Engine, timeout: float, logs: Path | None) -> tuple[dict 
         command = [sys.executable, "-m", "misa_vllm.bench.serve_shapes", "--child", str(folder)]
         log = folder / "log"
         with log.open("wb") as output:
-            # a session of its own, so that the engine's worker processes can be ended with it
-            child = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=engine.environment(), start_new_session=True
-            )
-            try:
-                code = child.wait(timeout)
-                problem = None if code == 0 else f"its process ended with code {code}"
-            except subprocess.TimeoutExpired:
-                problem = f"it took more than {timeout:g} s: raise --timeout or measure less"
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+            problem = processes.run(command, timeout, output, env=engine.environment())
         text = log.read_text(errors="replace")
         if logs is not None:
             name = "".join(c if c.isalnum() else "-" for c in f"{engine.shape}-{engine.name}")

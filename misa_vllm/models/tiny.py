@@ -57,6 +57,8 @@ class TinySize:
     max_position: int = 131072
     vocab: int = 4096
     """Upper bound; the tokenizer may find fewer useful tokens."""
+    embedding_rows: int = 0
+    """Token ids the model takes, if more than the tokenizer has: `vllm bench latency` draws from the first 10000."""
     seed: int = 0
 
     def check(self) -> None:
@@ -65,7 +67,7 @@ class TinySize:
             raise ValueError(f"architecture {self.architecture!r} is unknown: choose {' or '.join(ARCHITECTURES)}")
         for field in fields(self):
             value = getattr(self, field.name)
-            may_be_zero = field.name in ("index_heads", "mtp_layers", "seed")
+            may_be_zero = field.name in ("index_heads", "mtp_layers", "embedding_rows", "seed")
             if field.type is int and value < (0 if may_be_zero else 1):
                 raise ValueError(f"{field.name} is {value}: choose {'0 or more' if may_be_zero else '1 or more'}")
         if self.vocab < SMALLEST_VOCABULARY:
@@ -176,7 +178,7 @@ def weights(size: TinySize, vocab: int) -> Iterator[tuple]:
 
 
 def write_model(folder: Path, size: TinySize) -> dict:
-    """Write the model into `folder`, made if absent, and return what was written: vocabulary, parameters, bytes.
+    """Write the model into `folder`, made if absent, and return what was written: token ids, parameters, bytes.
 
     Raises:
         ValueError: a size is out of range.
@@ -187,7 +189,7 @@ def write_model(folder: Path, size: TinySize) -> dict:
     size.check()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(size.vocab, TRAINING_TEXT.read_text(encoding="utf-8"))
-    vocab = tokenizer.get_vocab_size()
+    vocab = max(tokenizer.get_vocab_size(), size.embedding_rows)
     tokenizer.save(str(folder / "tokenizer.json"))
     tensors = dict(weights(size, vocab))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -18,8 +18,8 @@ def test_two_ranks_select_what_one_does(start_engine, deepseek_model, monkeypatc
     engine = start_engine(deepseek_model, **OPTIONS)
     expected = engine.generate([PROMPT], tokens=TOKENS)
     selected = dict(engine.selected[0])
-    # On a GPU, the engine above has made a fork of this process useless; on CPU each rank wants a memory node to itself.
-    # It also had vLLM keep the variables' values.
+    # The engine above had vLLM keep the variables' values. On a GPU, it has made a fork of this process useless; on CPU
+    # each rank wants a memory node to itself.
     variable, value = (
         ("VLLM_WORKER_MULTIPROC_METHOD", "spawn") if ON_GPU else ("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     )
