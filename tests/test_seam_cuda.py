@@ -53,6 +53,10 @@ def test_least_visible_is_known_for_prefills_only(cuda, monkeypatch, decodes, le
     ((first, last, decoding),) = counted
     assert decoding.tolist() == [number < decodes for number in range(3)]
     assert np.array_equal(first, [70, 41, 1]) and np.array_equal(last, [70, 50, 1])
+    assert builder.build_for_cudagraph_capture(common) is built
+    assert len(counted) == 1, "what graphs are captured with was counted"
+    builder.build(0, common)
+    assert len(counted) == 2
 
 
 # ---------------------------------------------------------------- scoring

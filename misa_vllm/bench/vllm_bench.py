@@ -2,8 +2,8 @@
 
 An engine is stock vLLM or this backend with one of its policies. Prompts are random tokens, the same for all; every
 tool starts an engine of its own with an empty prefix cache. FOLDER gets what each tool printed and its JSON file
-(TOOL_ENGINE.txt, .json), the engines' logs (.log), and summary.json with the figures below, versions and the
-command. "over" is how many times as fast as the first engine: its time over the engine's, or the engine's rate over its.
+(TOOL_ENGINE.txt, .json), the engines' logs (.log), and summary.json with the figures below, versions and the command.
+"over" is how many times as fast as the first engine: its time over the engine's, or the engine's rate over its.
 """
 
 import argparse

@@ -57,16 +57,21 @@ def update_page_means(index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> 
     _EXTENSION.operators.cpu_update_page_means(index_cache, slot_mapping)
 
 
+def _route(name: str, q, gates, index_cache, rows, active_heads: int, pool_block: int) -> torch.Tensor:
+    """By the operator cpu_NAME; arguments and result as in `misa_vllm.kernels.Kernels.route_heads`."""
+    IndexerChecks(name, _DEMANDS).route(q, gates, index_cache, rows, active_heads, pool_block)
+    out = torch.empty(len(rows), active_heads, dtype=torch.int32)
+    getattr(_EXTENSION.operators, f"cpu_{name}")(
+        q.view(torch.uint8), gates, index_cache, rows.block_table, rows.request, rows.visible, pool_block, out
+    )
+    return out
+
+
 def route_heads(
     q: torch.Tensor, gates: torch.Tensor, index_cache: torch.Tensor, rows: QueryRows, active_heads: int, pool_block: int
 ) -> torch.Tensor:
     """See `misa_vllm.kernels.Kernels.route_heads`."""
-    IndexerChecks("route_heads", _DEMANDS).route(q, gates, index_cache, rows, active_heads, pool_block)
-    out = torch.empty(len(rows), active_heads, dtype=torch.int32)
-    _EXTENSION.operators.cpu_route_heads(
-        q.view(torch.uint8), gates, index_cache, rows.block_table, rows.request, rows.visible, pool_block, out
-    )
-    return out
+    return _route("route_heads", q, gates, index_cache, rows, active_heads, pool_block)
 
 
 def update_signed_means(index_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -79,12 +84,7 @@ def route_heads_by_signs(
     q: torch.Tensor, gates: torch.Tensor, index_cache: torch.Tensor, rows: QueryRows, active_heads: int, pool_block: int
 ) -> torch.Tensor:
     """See `misa_vllm.kernels.Kernels.route_heads_by_signs`."""
-    IndexerChecks("route_heads_by_signs", _DEMANDS).route(q, gates, index_cache, rows, active_heads, pool_block)
-    out = torch.empty(len(rows), active_heads, dtype=torch.int32)
-    _EXTENSION.operators.cpu_route_heads_by_signs(
-        q.view(torch.uint8), gates, index_cache, rows.block_table, rows.request, rows.visible, pool_block, out
-    )
-    return out
+    return _route("route_heads_by_signs", q, gates, index_cache, rows, active_heads, pool_block)
 
 
 def select_tokens(

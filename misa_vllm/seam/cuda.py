@@ -20,9 +20,18 @@ from misa_vllm.seam import settings_for
 class MetadataBuilderWithRows(DeepseekV32IndexerMetadataBuilder):
     """Stock's metadata with what our kernels address rows by."""
 
+    counts_queries = True
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.settings = settings_for(self.vllm_config)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata):
+        self.counts_queries = False  # nobody asked these
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+        finally:
+            self.counts_queries = True
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
@@ -33,7 +42,8 @@ class MetadataBuilderWithRows(DeepseekV32IndexerMetadataBuilder):
         # exact on the host for prefills only: a speculative decode's length is known on the device
         only_prefills = metadata.num_decodes == 0 and metadata.num_prefills > 0
         metadata.min_visible = int(first.min()) if only_prefills else 0
-        metrics.count_queries(self.settings, first, last, np.arange(len(last)) < metadata.num_decodes)
+        if self.counts_queries:
+            metrics.count_queries(self.settings, first, last, np.arange(len(last)) < metadata.num_decodes)
         return metadata
 
 
