@@ -50,7 +50,6 @@ struct SelectArguments {
   int pool_words;     // for the keys of a chunk's rows
   int rows_per_item;  // at most
   bool row_is_slot;  // of the exchange
-  bool drops_low, exchanges_keys;
   RouteSettings route;
   Exchange exchange;
 
@@ -190,7 +189,7 @@ __device__ __forceinline__ void find_chunks(
     if (rank < ranks) {
       const int first_page = rank * item.pages / ranks, keys = item.pages * kPageTokens;
       // all keys of one row besides all ranks' share of every row: the same answer for each rank
-      const bool is_short = args.exchanges_keys && ranks > 1 && keys <= kExchangedKeys &&
+      const bool is_short = ranks > 1 && keys <= kExchangedKeys &&
                             keys + (ceil_div(item.pages, ranks) * item.rows) * kPageTokens <= args.pool_words;
       chunks[(first + rank) / ctas] = {
           {item.row, item.rows, request[item.row], rank, ranks,
@@ -245,7 +244,6 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
   auto* chunks = reinterpret_cast<Chunk*>(key_tiles + stages * kKeyTileBytes);
 
   if (threadIdx.x == 0) ptx::prefetch_tensor_map(&key_map);
-  ptx::wait_for_previous_kernel();
   {
     int* visible = reinterpret_cast<int*>(pool);  // the pool is still unused
     int* request = visible + args.rows.count;
@@ -453,7 +451,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         __syncthreads();
       }
       const int next_position = first_position + filled - held;  // what no key has, and none is behind it
-      if (!is_last && counts && args.drops_low) {
+      if (!is_last && counts) {
         const int kept = selection.drop_low(fixed.parts[0], k, room.most_kept, next_keys(), next_positions());
         if (kept <= room.most_kept) {
           for (int i = kept + threadIdx.x; i < room.most_kept; i += kThreads) {
@@ -546,13 +544,6 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
 
 // ---------------------------------------------------------------- launch
 
-// What of the newer versions is in force, so that a wrong prediction can be told from the others. Whether a cooperative
-// launch may overlap the kernel before it is not documented: both at once are not the default.
-constexpr int kCooperative = 1, kOverlaps = 2, kDropsLow = 4;
-constexpr int kSameSignature = 8;  // for tests: of all launches, as in a graph that is replayed
-constexpr int kExchangesKeys = 16, kMoreStages = 32;
-int variant = kCooperative | kDropsLow | kExchangesKeys | kMoreStages;
-
 int64_t align(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
 /// Where the exchange lies in the workspace, and how long that is. A split item has fewer pages than the others of at
@@ -609,7 +600,7 @@ void launch(SelectArguments args, int requests, int max_visible, cudaStream_t st
   const int64_t likely_words =
       static_cast<int64_t>((row_pages + likely_ranks - 1) / likely_ranks) * kPageTokens * likely_rows;
   args.stages = kManyStages;
-  if ((variant & kMoreStages) && pool_with(kMostStages) >= likely_words) {
+  if (pool_with(kMostStages) >= likely_words) {
     args.stages = kMostStages;
   } else if (pool_with(kManyStages) < likely_words && pool_with(kGoodStages) >= likely_words) {
     args.stages = kGoodStages;
@@ -632,16 +623,11 @@ void launch(SelectArguments args, int requests, int max_visible, cudaStream_t st
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kMaxSharedBytes;
   config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
-  if (variant & kCooperative) {  // its CTAs wait for one another
-    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
-    attributes[config.numAttrs++].val.cooperative = 1;
-  }
-  if (variant & kOverlaps) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  config.attrs = attributes;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;  // its CTAs wait for one another
+  attribute.val.cooperative = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, key_page_map(args.cache), args), "select_tokens");
 }
 
@@ -654,8 +640,6 @@ uint64_t next_signature() {
   value = (value ^ value >> 27) * 0x94D049BB133111EBull;
   return (value ^ value >> 31) | 1;
 }
-
-void decode_variant(int64_t bits) { variant = static_cast<int>(bits); }
 
 int64_t partial_words_of(int64_t max_visible) {
   return Router::partial_words(static_cast<int>(std::min<int64_t>(max_visible, 1 << 30)));
@@ -694,15 +678,13 @@ SelectArguments arguments_of(
   args.exchange.counts = reinterpret_cast<uint32_t (*)[kRowsPerItem][2]>(base + layout.counts);
   args.exchange.partials = reinterpret_cast<uint32_t*>(base + layout.partials);
   args.exchange.partial_words = static_cast<int>(partial_words);
-  args.exchange.signature = variant & kSameSignature ? 1 : next_signature();
+  args.exchange.signature = next_signature();
   args.row_is_slot = args.rows.count <= layout.slots;
   args.k = static_cast<int>(k);
   args.visible_from = static_cast<int>(visible_from);
   args.visible_to = static_cast<int>(std::min<int64_t>(visible_to, INT32_MAX));
   args.out = static_cast<int32_t*>(out.data_ptr());
   args.out_stride = out.stride(0);
-  args.drops_low = variant & kDropsLow;
-  args.exchanges_keys = variant & kExchangesKeys;
   return args;
 }
 
@@ -778,13 +760,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(misa_vllm, m) {
       "decode_route_select(Tensor q, Tensor gates, Tensor index_cache, Tensor block_table, Tensor request, "
       "Tensor visible, int max_visible, int active_heads, int pool_block, int k, Tensor(a!) out, int visible_from, "
       "Tensor(b!) workspace, Tensor(c!)? routed) -> ()");
-  m.def("decode_variant(int bits) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(misa_vllm, CompositeExplicitAutograd, m) {
   m.impl("decode_workspace_bytes", TORCH_BOX(&misa::decode_workspace_bytes));
   m.impl("decode_route_workspace_bytes", TORCH_BOX(&misa::decode_route_workspace_bytes));
-  m.impl("decode_variant", TORCH_BOX(&misa::decode_variant));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(misa_vllm, CUDA, m) {

@@ -17,7 +17,6 @@ from .cases import make_case, random_heads
 
 NO_BOUND = 2**31 - 1
 UNTOUCHED = -7
-DEFAULT_VARIANT, COOPERATIVE, OVERLAPS, SAME_SIGNATURE, EXCHANGES_KEYS, MORE_STAGES = 53, 1, 2, 8, 16, 32
 
 
 def decode_select(operators, case, heads, k, visible_from=0, visible_to=NO_BOUND, workspace=None):
@@ -50,6 +49,21 @@ def in_order(case):
 @pytest.fixture(scope="module")
 def operators(emulated_cuda):
     return emulated_cuda._EXTENSION.operators
+
+
+@pytest.fixture(scope="module")
+def replayed(emulated_cuda, tmp_path_factory):
+    """The decode kernels with one signature for all launches, as a graph that is replayed has."""
+    drawn = "args.exchange.signature = next_signature();"
+    seen = []
+
+    def edit(text):
+        seen.append(drawn in text)
+        return text.replace(drawn, "args.exchange.signature = 1;")
+
+    operators = cuda_emulation.build(tmp_path_factory.mktemp("replayed"), ["decode_select"], edit)
+    assert sum(seen) == 1, "the line is not there any more"
+    return operators
 
 
 LONG_AND_SHORT = [[9000], [64, 65, 66], [0], [1], [2049, 2050], [700], [5000, 5001, 5002, 5003, 5004]]
@@ -144,23 +158,19 @@ def test_rows_that_do_not_fit_into_one_cta(operators, order, rows_each):
     assert_equals_reference(operators, case, random_heads(case, 8), 2048 if order != "constant" else 500)
 
 
-def test_a_replayed_launch_finds_the_workspace_of_the_last_one(operators):
+def test_a_replayed_launch_finds_the_workspace_of_the_last_one(replayed):
     """A graph replays a launch with the same arguments, other lengths and what the launch before left behind."""
     case = in_order(make_case([[5000], [3000], [700, 701]], 8, seed=6, exact=True))
     heads = random_heads(case, 8)
-    operators.configure(9, seed=6)
-    workspace = torch.full((operators.decode_workspace_bytes(len(case)),), 0xA5, dtype=torch.uint8)
+    replayed.configure(9, seed=6)
+    workspace = torch.full((replayed.decode_workspace_bytes(len(case)),), 0xA5, dtype=torch.uint8)
     lengths = case.rows.visible
-    operators.decode_variant(DEFAULT_VARIANT | SAME_SIGNATURE)
-    try:
-        for share in (1.0, 0.3, 0.9, 0.0, 0.6):
-            visible = (lengths * share).int()
-            case.rows = QueryRows(case.rows.block_table, case.rows.request, visible, case.rows.max_visible)
-            want = torch.full((len(case), 200), UNTOUCHED, dtype=torch.int32)
-            reference.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, 200, want)
-            assert torch.equal(decode_select(operators, case, heads, 200, workspace=workspace), want)
-    finally:
-        operators.decode_variant(DEFAULT_VARIANT)
+    for share in (1.0, 0.3, 0.9, 0.0, 0.6):
+        visible = (lengths * share).int()
+        case.rows = QueryRows(case.rows.block_table, case.rows.request, visible, case.rows.max_visible)
+        want = torch.full((len(case), 200), UNTOUCHED, dtype=torch.int32)
+        reference.select_tokens(case.q, case.gates, heads, case.index_cache, case.rows, 200, want)
+        assert torch.equal(decode_select(replayed, case, heads, 200, workspace=workspace), want)
 
 
 def assert_routes_and_selects(kernels, case, k, pool_block, active_heads=8, want=None, **bounds):
@@ -224,36 +234,29 @@ def test_routing_of_a_row_that_does_not_fit_into_one_cta(operators, emulated_cud
     assert_routes_and_selects(emulated_cuda, case, 1000, 1024, visible_from=1024)
 
 
-def test_a_replayed_route_finds_the_workspace_of_the_last_one(operators, emulated_cuda):
+def test_a_replayed_route_finds_the_workspace_of_the_last_one(replayed, emulated_cuda):
     """Sums, keys and counts of the launch before lie where this one's will, and lengths change."""
     case = in_order(make_case([[18_000], [4000], [700, 701]], 32, seed=6, exact=True))
-    operators.configure(12, seed=6)
+    replayed.configure(12, seed=6)
     workspace = torch.full(
-        (operators.decode_route_workspace_bytes(len(case), case.rows.max_visible),), 0xA5, dtype=torch.uint8
+        (replayed.decode_route_workspace_bytes(len(case), case.rows.max_visible),), 0xA5, dtype=torch.uint8
     )
     lengths = case.rows.visible
-    operators.decode_variant(DEFAULT_VARIANT | SAME_SIGNATURE)
-    try:
-        for share in (1.0, 0.95, 0.3, 0.3, 1.0, 0.0):
-            rows = QueryRows(
-                case.rows.block_table, case.rows.request, (lengths * share).int(), case.rows.max_visible
-            )
-            q = case.q.roll(int(share * 100), 0)
-            heads = emulated_cuda.route_heads(q, case.gates, case.index_cache, rows, 8, 256)
-            want, out = torch.full((2, len(case), 200), UNTOUCHED, dtype=torch.int32)
-            reference.select_tokens(q, case.gates, heads, case.index_cache, rows, 200, want)
-            operators.decode_route_select(
-                q, case.gates, case.index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, 8, 256,
-                200, out, 0, workspace, None,
-            )  # fmt: skip
-            assert torch.equal(out, want)
-    finally:
-        operators.decode_variant(DEFAULT_VARIANT)
+    for share in (1.0, 0.95, 0.3, 0.3, 1.0, 0.0):
+        rows = QueryRows(case.rows.block_table, case.rows.request, (lengths * share).int(), case.rows.max_visible)
+        q = case.q.roll(int(share * 100), 0)
+        heads = emulated_cuda.route_heads(q, case.gates, case.index_cache, rows, 8, 256)
+        want, out = torch.full((2, len(case), 200), UNTOUCHED, dtype=torch.int32)
+        reference.select_tokens(q, case.gates, heads, case.index_cache, rows, 200, want)
+        replayed.decode_route_select(
+            q, case.gates, case.index_cache, rows.block_table, rows.request, rows.visible, rows.max_visible, 8, 256,
+            200, out, 0, workspace, None,
+        )  # fmt: skip
+        assert torch.equal(out, want)
 
 
 @pytest.mark.parametrize("multiprocessors", [2, 7, 20])
-@pytest.mark.parametrize("variant", [DEFAULT_VARIANT | OVERLAPS, (DEFAULT_VARIANT | OVERLAPS) & ~COOPERATIVE])
-def test_routing_that_starts_before_the_page_means_are_there(operators, emulated_cuda, variant, multiprocessors):
+def test_routing_reads_the_page_means_of_the_kernel_before(operators, emulated_cuda, multiprocessors):
     case = in_order(make_case([[12_000], [5000, 5001], [700], [1500], [0]], 32, seed=4, exact=True))
     rows = case.rows
     heads = emulated_cuda.route_heads(case.q, case.gates, case.index_cache, rows, 8, 256)
@@ -264,29 +267,12 @@ def test_routing_that_starts_before_the_page_means_are_there(operators, emulated
     slots = slots[~torch.isin(slots // PAGE_TOKENS, torch.stack([p[-1] for p in pages if len(p)]))]  # full pages
     cache = case.index_cache.clone()
     case.index_cache.view(torch.uint8)[slots // PAGE_TOKENS, MEAN_OFFSET:] = 0xFF
-    operators.decode_variant(variant)
     operators.configure(multiprocessors, seed=multiprocessors)
-    try:
-        with operators.stream():
-            emulated_cuda.update_page_means(case.index_cache, slots)
-            emulated_cuda.route_and_select(
-                case.q, case.gates, case.index_cache, rows, 8, 256, 512, out, visible_from=513
-            )
-    finally:
-        operators.decode_variant(DEFAULT_VARIANT)
+    with operators.stream():
+        emulated_cuda.update_page_means(case.index_cache, slots)
+        emulated_cuda.route_and_select(case.q, case.gates, case.index_cache, rows, 8, 256, 512, out, visible_from=513)
     assert torch.equal(case.index_cache, cache)
     assert torch.equal(out, want)
-
-
-@pytest.mark.parametrize("off", [EXCHANGES_KEYS, MORE_STAGES, EXCHANGES_KEYS | MORE_STAGES])
-def test_without_what_is_new(operators, emulated_cuda, off):
-    operators.decode_variant(DEFAULT_VARIANT & ~off)
-    operators.configure(12, seed=off)
-    try:
-        case = in_order(make_case([[9000], [4096], [2000, 2001]], 16, seed=off, exact=True))
-        assert_routes_and_selects(emulated_cuda, case, 600, 1024)
-    finally:
-        operators.decode_variant(DEFAULT_VARIANT)
 
 
 @pytest.mark.parametrize("length, multiprocessors", [(4096, 9), (8192, 33), (8193, 33), (8000, 3)])
