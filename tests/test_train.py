@@ -43,6 +43,10 @@ SIZE = ModelSize(
 MIX = Mix(inserted=0.6)
 
 
+def parameters(model, of_indexers):
+    return [parameter for name, parameter in model.named_parameters() if (".indexer." in name) == of_indexers]
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A corpus folder made of the text that the package ships."""
@@ -256,7 +260,7 @@ def test_only_distances_matter(data):
     torch.manual_seed(1)
     model = DsaModel(SIZE)
     with torch.no_grad():
-        for parameter in model.main_parameters():
+        for parameter in parameters(model, of_indexers=False):
             if parameter.dim() == 2:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
     tokens, positions = torch.randint(10, 600, (1, 40)), torch.arange(40)
@@ -332,11 +336,11 @@ def test_the_indexer_learns_from_its_own_loss_alone(full_kl):
     rows = torch.tensor([[3, 20, 59], [0, 30, 58]])
     hidden, kl = model(tokens, SPARSE, rows, full_kl)
     model.token_losses(hidden, tokens)[0].mean().backward(retain_graph=True)
-    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.indexer_parameters())
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in parameters(model, of_indexers=True))
     model.zero_grad()
     kl.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.indexer_parameters())
-    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.main_parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters(model, of_indexers=True))
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in parameters(model, of_indexers=False))
 
 
 @pytest.mark.parametrize("cast", [False, True])
@@ -345,7 +349,7 @@ def test_a_context_is_attended_to_and_not_trained(cast):
     torch.manual_seed(2)
     model = DsaModel(replace(SIZE, topk=47))
     with torch.no_grad():
-        for parameter in model.main_parameters():
+        for parameter in parameters(model, of_indexers=False):
             if parameter.dim() == 2:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
     tokens, rows = torch.randint(10, 600, (2, 48)), torch.tensor([[3, 15], [0, 12]])
@@ -609,7 +613,7 @@ def test_counting_heads_is_sound_and_free_of_side_effects(mode, full_kl, monkeyp
         model.zero_grad()
         loss = model(tokens, mode, rows, full_kl)[1]
         loss.backward()
-        return loss.detach(), [p.grad.clone() for p in model.indexer_parameters()]
+        return loss.detach(), [p.grad.clone() for p in parameters(model, of_indexers=True)]
 
     loss, found = gradients(1.0)  # queries that see one token among them
     with torch.autocast("cpu", torch.bfloat16):

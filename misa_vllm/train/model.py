@@ -318,12 +318,6 @@ class DsaModel(nn.Module):
             device = layer.self_attn.o_proj.weight.device
             layer.self_attn.indexer = Indexer(self.size).to(device)
 
-    def indexer_parameters(self) -> list[nn.Parameter]:
-        return [parameter for name, parameter in self.named_parameters() if ".indexer." in name]
-
-    def main_parameters(self) -> list[nn.Parameter]:
-        return [parameter for name, parameter in self.named_parameters() if ".indexer." not in name]
-
     def forward(
         self,
         tokens: torch.Tensor,

@@ -367,12 +367,11 @@ void complete_barrier(Cta& cta, int id) {
   release_all(barrier.waiting);
 }
 
-void enter_barrier(int id, int threads, const char* what) {
+void enter_barrier(int id, int threads) {
   Barrier& barrier = this_fiber->cta->barriers[id];
   if (barrier.arrived > 0 && barrier.expected != threads) {
     fail("threads disagree on the size of barrier " + std::to_string(id));
   }
-  (void)what;
   barrier.expected = threads;
   ++barrier.arrived;
   ++progress;
@@ -839,7 +838,7 @@ void warp_together(void* argument, const std::function<void(void* const* argumen
 }
 
 void barrier_sync(int id, int threads) {
-  enter_barrier(id, threads, "sync");
+  enter_barrier(id, threads);
   Cta& cta = *this_fiber->cta;
   Barrier& barrier = cta.barriers[id];
   const int expected = threads < 0 ? cta.alive : threads;
@@ -852,11 +851,6 @@ void barrier_sync(int id, int threads) {
       "barrier 8", "barrier 9", "barrier 10", "barrier 11", "barrier 12", "barrier 13", "barrier 14", "barrier 15"};
   barrier.waiting.push_back(this_fiber);
   block(kNames[id]);
-}
-
-void barrier_arrive(int id, int threads) {
-  enter_barrier(id, threads, "arrive");
-  complete_barrier(*this_fiber->cta, id);
 }
 
 void maybe_switch() {

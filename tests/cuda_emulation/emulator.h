@@ -68,7 +68,6 @@ const uint64_t* warp_exchange(uint64_t value, uint32_t mask, const char* what);
 void warp_together(void* argument, const std::function<void(void* const* arguments)>& work, const char* what);
 /// `threads` < 0: all of the block that have not ended.
 void barrier_sync(int id, int threads);
-void barrier_arrive(int id, int threads);
 /// Lets others run now and then.
 void maybe_switch();
 /// The thread found that it must wait for something that another thread writes.

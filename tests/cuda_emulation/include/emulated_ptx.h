@@ -66,10 +66,6 @@ template <int kId, int kThreads>
 void named_barrier_sync() {
   emulator::barrier_sync(kId, kThreads);
 }
-template <int kId, int kThreads>
-void named_barrier_arrive() {
-  emulator::barrier_arrive(kId, kThreads);
-}
 inline void cluster_arrive() { emulator::cluster_arrive(); }
 inline void cluster_wait() { emulator::cluster_wait(); }
 
