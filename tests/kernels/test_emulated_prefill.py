@@ -1,6 +1,8 @@
 """The prefill kernels on the CPU (tests/cuda_emulation). Scores are exact in fp32, so that what is selected must equal
 the reference's to the token."""
 
+import re
+
 import pytest
 import torch
 
@@ -126,6 +128,26 @@ def test_a_missing_proxy_fence_is_noticed(tmp_path, kernel, following):
             )  # fmt: skip
         else:
             assert_equals_reference(broken, case, heads, 64)
+
+
+@pytest.mark.parametrize("following", ["  choose_bin<kFinalThreads>(p.k", "    if (threadIdx.x < start.inside) {"])
+def test_a_missing_barrier_is_noticed(tmp_path, following):
+    if cuda_emulation.find_compiler() is None:
+        pytest.skip("no C++ compiler on Linux")
+    barrier = re.compile(r" *__syncthreads\(\);\n(?=" + re.escape(following) + ")")
+    seen = []
+
+    def edit(text):
+        edited, count = barrier.subn("", text)
+        seen.append(count)
+        return edited
+
+    broken = cuda_emulation.build(tmp_path, ["prefill_select"], edit)
+    assert sum(seen) == 1, "the line is not there any more"
+    case = make_case([[3000 - i for i in range(20)]], 16, exact=True)
+    broken.configure(5, seed=64)
+    with pytest.raises(AssertionError, match="not equal"):
+        assert_equals_reference(broken, case, random_heads(case, 8), 64)
 
 
 def test_a_workspace_for_few_rows(tmp_path):
