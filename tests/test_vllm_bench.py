@@ -18,7 +18,8 @@ def arguments(*words):
 
 
 def test_engines_differ_in_what_selects_alone():
-    args = arguments("--vllm", "--tensor-parallel-size 8", "--options", '{"pool_block": 64}')
+    assert arguments("--vllm=--enforce-eager").vllm == ["--enforce-eager"]
+    args = arguments("--vllm=--tensor-parallel-size 8", "--options", '{"pool_block": 64}')
     stock, misa = (vllm_bench.engine_arguments(engine, args) for engine in ("stock", "misa"))
     assert stock == ["--tensor-parallel-size", "8"]
     assert misa[:2] == ["--attention-backend", "misa"] and misa[-2:] == stock
@@ -85,7 +86,7 @@ def test_a_model_through_server_and_engine(tmp_path, monkeypatch, capsys):
     given = ["--tools", "serve", "latency", "--engines", "misa", "--options", '{"pool_block": 64}', *sizes]
     command = ["vllm", str(tmp_path / "model"), "--output", str(tmp_path / "out"), *given]
     monkeypatch.setattr(sys, "argv", ["misa-bench", *command])
-    code = cli.main([*command, "--vllm", "--tokenizer-mode hf --max-model-len 2048", "--timeout", "240"])
+    code = cli.main([*command, "--vllm=--tokenizer-mode hf --max-model-len 2048", "--timeout", "240"])
     printed = capsys.readouterr()
     assert code == 0, printed.err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

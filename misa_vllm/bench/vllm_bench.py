@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-iters", type=count, default=5, help="latency: requests (default: %(default)s)")
     text = 'the backend\'s other options, e.g. \'{"pool_block": 128}\''
     parser.add_argument("--options", type=json_object, default={}, metavar="JSON", help=text)
-    text = "options of vllm serve for all engines, as one text, e.g. '--tensor-parallel-size 8'"
+    text = "options of vllm serve for all engines, as one text behind an equals sign: --vllm='--tensor-parallel-size 8'"
     parser.add_argument("--vllm", type=shlex.split, default=[], metavar="TEXT", help=text)
     text = "seconds until a tool, or a server's start, is given up (default: %(default)s)"
     parser.add_argument("--timeout", type=count, default=1800, help=text)
