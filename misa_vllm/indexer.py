@@ -1,12 +1,13 @@
 """One layer's indexer: keep the statistics current, let the policy select."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 
 from misa_vllm import metrics
 from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_BYTES, PAGE_TOKENS
-from misa_vllm.kernels import choose_kernels
+from misa_vllm.kernels import Kernels, choose_kernels
 from misa_vllm.log import info_once
 from misa_vllm.policies import DSA, IndexerStep, make_policy
 from misa_vllm.rows import QueryRows
@@ -79,16 +80,21 @@ class Indexer:
             size += metrics.audit_bytes(self.settings)
         torch.empty(size, dtype=torch.uint8, device=device)
         if self.routes_by_signs:
-            self._compile_router(max_visible, device)
+            _compile_router(self.kernels, self.settings, max_visible, device)
 
-    def _compile_router(self, max_visible: int, device: torch.device) -> None:
-        """Route rows that see nothing: what Triton compiles at first use is then ready for the first long prompt."""
-        heads, width = self.settings.index_heads, -(-max_visible // PAGE_TOKENS)
-        nothing = torch.zeros(ROWS_TO_COMPILE_FOR, dtype=torch.int32, device=device)
-        q = torch.zeros(ROWS_TO_COMPILE_FOR, heads, INDEX_HEAD_DIM, dtype=torch.uint8, device=device)
-        gates = torch.zeros(ROWS_TO_COMPILE_FOR, heads, device=device)
-        pages = torch.zeros(1, PAGE_BYTES, dtype=torch.uint8, device=device)
-        table = torch.zeros(1, width, dtype=torch.int32, device=device)
-        rows = QueryRows(table, request=nothing, visible=nothing, max_visible=max_visible)
-        step = IndexerStep(q.view(torch.float8_e4m3fn), gates, pages, rows, self.kernels)
-        step.route(self.settings.active_heads, self.settings.pool_block, self.settings.statistic)
+
+@functools.cache
+def _compile_router(kernels: Kernels, settings: IndexerSettings, max_visible: int, device: torch.device) -> None:
+    """Route rows that see nothing: what Triton compiles at first use is then ready for the first long prompt.
+
+    Once for all layers.
+    """
+    heads, width = settings.index_heads, -(-max_visible // PAGE_TOKENS)
+    nothing = torch.zeros(ROWS_TO_COMPILE_FOR, dtype=torch.int32, device=device)
+    q = torch.zeros(ROWS_TO_COMPILE_FOR, heads, INDEX_HEAD_DIM, dtype=torch.uint8, device=device)
+    gates = torch.zeros(ROWS_TO_COMPILE_FOR, heads, device=device)
+    pages = torch.zeros(1, PAGE_BYTES, dtype=torch.uint8, device=device)
+    table = torch.zeros(1, width, dtype=torch.int32, device=device)
+    rows = QueryRows(table, request=nothing, visible=nothing, max_visible=max_visible)
+    step = IndexerStep(q.view(torch.float8_e4m3fn), gates, pages, rows, kernels)
+    step.route(settings.active_heads, settings.pool_block, settings.statistic)

@@ -31,7 +31,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def tail(log: Path, lines: int) -> list[str]:
+def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
     """The last lines of a file that are not blank."""
     return [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-lines:]
 
@@ -93,7 +93,7 @@ def _wait_until_healthy(server: subprocess.Popen, url: str, log: Path, timeout: 
     shown = start
     while True:
         if server.poll() is not None:
-            lines = "\n".join(f"    | {line}" for line in tail(log, TAIL_LINES))
+            lines = "\n".join(f"    | {line}" for line in tail(log))
             raise ServerError(f"{lines}\nthe server stopped with status {server.returncode}")
         elapsed = time.monotonic() - start
         try:

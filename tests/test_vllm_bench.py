@@ -21,8 +21,8 @@ def test_engines_differ_in_what_selects_alone():
     assert arguments("--vllm=--enforce-eager").vllm == ["--enforce-eager"]
     args = arguments("--vllm=--tensor-parallel-size 8", "--options", '{"pool_block": 64}')
     stock, misa = (vllm_bench.engine_arguments(engine, args) for engine in ("stock", "misa"))
-    assert stock == ["--tensor-parallel-size", "8"]
-    assert misa[:2] == ["--attention-backend", "misa"] and misa[-2:] == stock
+    assert stock == ["--no-enable-prefix-caching", "--tensor-parallel-size", "8"]
+    assert misa[:2] == ["--attention-backend", "misa"] and misa[-3:] == stock
     assert json.loads(misa[3]) == {"misa": {"policy": "misa", "pool_block": 64}}
 
 
@@ -42,18 +42,16 @@ def test_ratios_and_table():
     figures = [
         {"tool": "latency", "engine": "stock", "avg_latency": 3.0},
         {"tool": "latency", "engine": "misa", "avg_latency": 2.0},
-        {"tool": "throughput", "engine": "stock", "tokens_per_second": 100.0},
-        {"tool": "throughput", "engine": "misa", "tokens_per_second": 150.0},
+        {"tool": "throughput", "engine": "stock", "tokens_per_second": 100.0, "requests_per_second": 1.0},
+        {"tool": "throughput", "engine": "misa", "tokens_per_second": 150.0, "requests_per_second": 1.5},
     ]
     ratios = vllm_bench.speedups(figures, "stock")
     assert ratios["latency", "misa", "avg_latency"] == ratios["throughput", "misa", "tokens_per_second"] == 1.5
     result = {"figures": figures, "arguments": vars(arguments()), "environment": MACHINE}
     lines = vllm_bench.as_text(result).splitlines()
     assert lines[0].startswith("NVIDIA Test")
-    assert lines[-1].split() == ["throughput", "tokens/s", "misa", "150", "1.50x"]
-    assert vllm_bench.speedups(figures[1:], "stock").keys() == {
-        ("throughput", engine, "tokens_per_second") for engine in ("stock", "misa")
-    }
+    assert lines[-1].split() == ["throughput", "requests/s", "misa", "1.5", "1.50x"]
+    assert {tool for tool, _, _ in vllm_bench.speedups(figures[1:], "stock")} == {"throughput"}
 
 
 def test_engine_that_fails_is_told_and_leaves_the_others(monkeypatch, tmp_path, capsys):
@@ -71,6 +69,14 @@ def test_engine_that_fails_is_told_and_leaves_the_others(monkeypatch, tmp_path, 
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["figures"] == [{"tool": "latency", "engine": "stock", "avg_latency": 2.0}]
     assert summary["failures"] == ["latency, misa: its process ended with code 1"]
+
+
+def test_a_figure_that_is_missing_is_told(monkeypatch, tmp_path, capsys):
+    results = tmp_path / "latency_stock.json"
+    monkeypatch.setattr(processes, "run", lambda *_: results.write_text("{}") and None)
+    command = ["vllm", "MODEL", "--output", str(tmp_path), "--tools", "latency", "--engines", "stock"]
+    assert cli.main(command) == 2
+    assert f"{results} lacks avg_latency" in capsys.readouterr().err
 
 
 def test_no_figure_is_an_error(monkeypatch, tmp_path, capsys):

@@ -114,24 +114,6 @@ struct Entries {
   }
 };
 
-// Neighbouring words, in as few loads as their number allows.
-template <int kCount>
-__device__ __forceinline__ void load_words(uint32_t (&to)[kCount], const uint32_t* from) {
-  if constexpr (kCount % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
-      const uint4 four = reinterpret_cast<const uint4*>(from)[i];
-      to[4 * i] = four.x;
-      to[4 * i + 1] = four.y;
-      to[4 * i + 2] = four.z;
-      to[4 * i + 3] = four.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) to[i] = from[i];
-  }
-}
-
 // One block per slot: writes the row's selection, ascending, or lists the row as undecided if one of its lists
 // overflowed or the threshold let fewer than k keys pass. A thread keeps its first kOwnChunks chunks of entries in
 // registers; they are read again where there are more, or where one pass over them does not do.
@@ -204,19 +186,22 @@ __global__ __launch_bounds__(kFinalThreads, kOwnChunks == 1 ? 3 : 2) void final_
     }
     return entries;
   };
+  // Calls visit(key, position of no arguments) for each
+  auto visit_each = [&](const auto& entries, auto&& visit) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(entries.key) / sizeof(uint32_t)); ++i) {
+      if (entries.key[i] != 0) visit(entries.key[i], [&] { return entries.position(p.in_splits, i); });
+    }
+  };
   const auto has_chunks = [&](uint32_t first) { return first + threadIdx.x - lane < all_chunks; };
-  // Reads the chunks from `first` on, kCount entries at a time, and calls visit(key, position of no arguments) for each
+  // Reads the chunks from `first` on, kCount entries at a time, and visits them
   auto for_each_read = [&](uint32_t first, auto count_of, auto&& visit) {
     constexpr int kCount = decltype(count_of)::value;
 #pragma unroll 1
     for (; has_chunks(first); first += kFinalThreads) {
 #pragma unroll 1
       for (int begin = 0; begin < kChunk; begin += kCount) {
-        const Entries<kCount> entries = load(first, begin, count_of);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          if (entries.key[i] != 0) visit(entries.key[i], [&] { return entries.position(p.in_splits, i); });
-        }
+        visit_each(load(first, begin, count_of), visit);
       }
     }
   };
@@ -241,10 +226,7 @@ __global__ __launch_bounds__(kFinalThreads, kOwnChunks == 1 ? 3 : 2) void final_
 #pragma unroll
     for (int j = 0; j < kOwnChunks; ++j) {
       load_words(own[j].packed, reinterpret_cast<const uint32_t*>(&parked_at(j, 0)));
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        if (own[j].key[i] != 0) visit(own[j].key[i], [&] { return own[j].position(p.in_splits, i); });
-      }
+      visit_each(own[j], visit);
     }
     read_others(visit);
   };
@@ -253,15 +235,11 @@ __global__ __launch_bounds__(kFinalThreads, kOwnChunks == 1 ? 3 : 2) void final_
 #pragma unroll
     for (int j = 0; j < kOwnChunks; ++j) {
       if (!has_chunks(j * kFinalThreads)) continue;
-      Entries<kChunk> entries;
       const uint4 packed = parked_at(j, 0), low = parked_at(j, 1), high = parked_at(j, 2);
-      entries = {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w},
-                 {packed.x, packed.y, packed.z, packed.w},
-                 own[j].split};
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        if (entries.key[i] != 0) visit(entries.key[i], [&] { return entries.position(p.in_splits, i); });
-      }
+      const Entries<kChunk> entries{{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w},
+                                    {packed.x, packed.y, packed.z, packed.w},
+                                    own[j].split};
+      visit_each(entries, visit);
     }
     read_others(visit);
   };

@@ -211,17 +211,18 @@ __device__ __forceinline__ int samples_below(int limit, uint64_t step, int num_s
   return x;
 }
 
-// Neighbouring floats, in as few loads as their number allows.
-template <int kCount>
-__device__ __forceinline__ void load_floats(float (&to)[kCount], const float* from) {
+// Neighbouring words (uint32_t or float), in as few loads as their number allows.
+template <typename Word, int kCount>
+__device__ __forceinline__ void load_words(Word (&to)[kCount], const Word* from) {
+  using Four = std::conditional_t<std::is_same_v<Word, float>, float4, uint4>;
   if constexpr (kCount % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
-      const float4 four = reinterpret_cast<const float4*>(from)[i];
-      to[4 * i] = four.x;
-      to[4 * i + 1] = four.y;
-      to[4 * i + 2] = four.z;
-      to[4 * i + 3] = four.w;
+    for (int i = 0; i < kCount; i += 4) {
+      const Four four = *reinterpret_cast<const Four*>(from + i);
+      to[i] = four.x;
+      to[i + 1] = four.y;
+      to[i + 2] = four.z;
+      to[i + 3] = four.w;
     }
   } else {
 #pragma unroll
@@ -605,7 +606,7 @@ struct Summation {
     for (int checked = 0; checked < kHalfQueries; checked += kChecked) {
       const int first_query = kHalf * T::kThreadQueries / 2 + checked;
       float limits[kChecked];
-      if constexpr (kMode == Mode::kCollect && kFinishes) load_floats(limits, threshold + first_query);
+      if constexpr (kMode == Mode::kCollect && kFinishes) load_words(limits, threshold + first_query);
 #pragma unroll
       for (int i = 0; i < kChecked; ++i) {
         const int query = first_query + i;
@@ -686,7 +687,7 @@ __device__ __forceinline__ void consume(const Params& p, RingCursor& ring, Share
   auto split_of = [&] { return sh.item % p.splits; };
   auto tile_of = [&] { return sh.item / p.splits; };
   float gates[64];
-  load_floats(gates, sh.gates[group][c]);
+  load_words(gates, sh.gates[group][c]);
   Summation<kHeads, kMode> sum{
       p, sh, group * T::kGroupQueries + c * T::kThreadQueries, tile_of() * T::kQueries + group * T::kGroupQueries + c,
       kMode == Mode::kSample ? static_cast<uint32_t>(p.num_samples) : p.dense_stride, gates, {}, {}, 0, key_row};

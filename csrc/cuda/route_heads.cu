@@ -344,9 +344,8 @@ void launch_pooled(const RouteArguments& args, int requests, cudaStream_t stream
   const int blocks_per_warp = std::max(1, kPagesInFlight / pages_per_block);
   const dim3 grid((args.max_blocks + kWarps * blocks_per_warp - 1) / (kWarps * blocks_per_warp), requests);
   if (grid.x > 0) launch_simple("route_heads, pooling", pool_kernel, grid, kThreads, stream, args, blocks_per_warp);
-  launch_overlapping(
-      "route_heads", route_pooled_kernel<kFragments, kParts>, dim3((args.rows.count + kWarps - 1) / kWarps), kThreads, stream,
-      args);
+  const dim3 blocks((args.rows.count + kWarps - 1) / kWarps);
+  launch_overlapping("route_heads", route_pooled_kernel<kFragments, kParts>, blocks, kThreads, stream, args);
 }
 
 template <int kFragments>

@@ -1,9 +1,10 @@
 """vLLM's own benchmarks, `vllm bench serve`, `latency` and `throughput`, of one model under several engines in turn.
 
-An engine is stock vLLM or this backend with one of its policies. Prompts are random tokens, the same for all; every
-tool starts an engine of its own with an empty prefix cache. FOLDER gets what each tool printed and its JSON file
-(TOOL_ENGINE.txt, .json), the engines' logs (.log), and summary.json with the figures below, versions and the command.
-"over" is how many times as fast as the first engine: its time over the engine's, or the engine's rate over its.
+An engine is stock vLLM or this backend with one of its policies. Prompts are random tokens, the same for all, and
+prefix caching is off, so that each is prefilled; every tool starts an engine of its own. FOLDER gets what each tool
+printed and its JSON file (TOOL_ENGINE.txt, .json), the engines' logs (.log), and summary.json with the figures below,
+versions and the command. "over" is how many times as fast as the first engine: its time over the engine's, or the
+engine's rate over its.
 """
 
 import argparse
@@ -33,7 +34,6 @@ FIGURES = {
     "throughput": {"tokens_per_second": "tokens/s", "requests_per_second": "requests/s"},
 }
 """Tool -> field of its JSON file -> what it is."""
-LOG_LINES_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,10 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def engine_arguments(engine: str, args: argparse.Namespace) -> list[str]:
     """What tells an engine from stock vLLM, and what all of them are given."""
+    given = ["--no-enable-prefix-caching", *args.vllm]  # serve warms up with a prompt that it then measures
     if engine == "stock":
-        return args.vllm
+        return given
     options = json.dumps({"misa": {"policy": engine, **args.options}})
-    return ["--attention-backend", "misa", "--additional-config", options, *args.vllm]
+    return ["--attention-backend", "misa", "--additional-config", options, *given]
 
 
 def command_of(tool: str, args: argparse.Namespace, results: Path) -> list[str]:
@@ -72,7 +73,7 @@ def command_of(tool: str, args: argparse.Namespace, results: Path) -> list[str]:
         return [
             *(*command, "--batch-size", "1", "--num-iters-warmup", "1", "--num-iters", str(args.num_iters)),
             *("--input-len", str(args.input_len), "--output-len", str(args.output_len)),
-            *("--no-enable-prefix-caching", "--output-json", str(results)),
+            *("--output-json", str(results)),
         ]
     command += [
         *("--dataset-name", "random", "--num-prompts", str(args.num_prompts), "--seed", "0"),
@@ -129,12 +130,14 @@ def run_tool(tool: str, engine: str, args: argparse.Namespace) -> tuple[dict | N
     if problem is None and not results.exists():
         problem = f"it wrote no {results.name}"
     if problem is not None:
-        print(*processes.tail(log, LOG_LINES_SHOWN), sep="\n", file=sys.stderr)
+        print(*processes.tail(log), sep="\n", file=sys.stderr)
         return None, problem
     figures = json.loads(results.read_text())
     if figures.get("failed"):
         return None, f"{figures['failed']} of its requests failed: see {log}"
-    return {name: figures[name] for name in FIGURES[tool] if name in figures}, None
+    if missing := FIGURES[tool].keys() - figures.keys():
+        return None, f"{results} lacks {', '.join(sorted(missing))}"
+    return {name: figures[name] for name in FIGURES[tool]}, None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -174,8 +177,8 @@ def speedups(figures: Sequence[dict], first: str) -> dict[tuple[str, str, str], 
     ratios = {}
     for one in figures:
         for name in FIGURES[one["tool"]]:
-            before, after = base.get(one["tool"], {}).get(name), one.get(name)
-            if before and after:
+            before, after = base.get(one["tool"], {}).get(name), one[name]
+            if before and after:  # answers of one token have no time per further token
                 is_rate = name.endswith(("throughput", "per_second"))
                 ratios[one["tool"], one["engine"], name] = after / before if is_rate else before / after
     return ratios
@@ -189,7 +192,7 @@ def as_text(result: dict) -> str:
     for tool, names in FIGURES.items():
         for name, meaning in names.items():
             for one in result["figures"]:
-                if one["tool"] != tool or name not in one:
+                if one["tool"] != tool:
                     continue
                 ratio = ratios.get((tool, one["engine"], name))
                 cells.append([tool, meaning, one["engine"], f"{one[name]:.4g}", f"{ratio:.2f}x" if ratio else ""])

@@ -13,6 +13,7 @@ import torch
 from misa_vllm import metrics
 from misa_vllm.indexer import Indexer
 from tests.engine.conftest import TOPK, Engine, greedy, offline_engine, products_row_by_row, random_prompt, write_model
+from tests.engine.settled import settle
 
 TOKENS = 24
 OPTIONS = {
@@ -30,26 +31,6 @@ def extended(deepseek_model):
     """vLLM's model code as an engine imports it: how its graphs are captured depends on what the engine sets before."""
     with offline_engine(deepseek_model, {}, enforce_eager=True, **OPTIONS):
         pass
-
-
-def settle(scores, first, end, selected):
-    """Of tokens that equal the worst score of stock's `selected` [M, k], let the earlier ones win, and sort them all.
-
-    Stock's top-k leaves both open. Row m has the scores of columns first[m] .. end[m] - 1, and tokens count from there.
-    """
-    k = selected.shape[1]
-    columns = torch.arange(scores.shape[1], device=scores.device)
-    first, end = first.view(-1, 1), end.view(-1, 1)
-    seen = (columns >= first) & (columns < end)
-    of_selected = scores.gather(1, (first + selected.clamp(min=0)).long().clamp(max=scores.shape[1] - 1))
-    worst = torch.where(selected >= 0, of_selected, float("inf")).amin(dim=1, keepdim=True)
-    above, equal = seen & (scores > worst), seen & (scores == worst)
-    room = (end - first).clamp(max=k) - above.sum(dim=1, keepdim=True)
-    keep = above | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))
-    place = torch.where(keep, keep.cumsum(dim=1, dtype=torch.int32) - 1, k)
-    settled = selected.new_full((len(selected), k + 1), -1)
-    settled.scatter_(1, place.long(), (columns - first).to(selected.dtype))
-    selected.copy_(settled[:, :k])
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -342,15 +342,18 @@ def test_policies_route_by_the_statistic(policy, routed_by):
 
 @pytest.mark.parametrize("statistic, calls", [("mean_positive", 1), ("mean", 0)])
 def test_prefills_routing_is_compiled_before_the_first(statistic, calls):
-    """While memory is profiled, on rows that see nothing: the reference would read pages that are not there."""
+    """While memory is profiled, on rows that see nothing: the reference would read pages that are not there.
+
+    Once, not for each layer.
+    """
     seen = []
-    indexer = Indexer(IndexerSettings("misa", 32, 20, 8, 128, 40, 0, statistic=statistic), "cpu")
-    indexer.kernels = SimpleNamespace(
-        route_heads_by_signs=lambda *args: seen.append(args) or reference.route_heads_by_signs(*args),
-        workspace_bytes=lambda *args: 4,
-        signs_workspace_bytes=lambda *args: 5,
-    )
-    indexer.reserve(8192, 100_000, torch.device("cpu"))
+    kernels = ModuleType("kernels")
+    kernels.route_heads_by_signs = lambda *args: seen.append(args) or reference.route_heads_by_signs(*args)
+    kernels.workspace_bytes, kernels.signs_workspace_bytes = lambda *args: 4, lambda *args: 5
+    for _ in range(2):
+        indexer = Indexer(IndexerSettings("misa", 32, 20, 8, 128, 40, 0, statistic=statistic), "cpu")
+        indexer.kernels = kernels
+        indexer.reserve(8192, 100_000, torch.device("cpu"))
     assert len(seen) == calls
     for q, gates, index_cache, rows, active_heads, pool_block in seen:
         assert q.shape == (len(rows), 32, 128) and gates.shape == q.shape[:2] and len(rows) > 8

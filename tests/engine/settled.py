@@ -1,0 +1,23 @@
+"""Makes stock vLLM's selections unique."""
+
+import torch
+
+
+def settle(scores, first, end, selected):
+    """Of tokens that equal the worst score of stock's `selected` [M, k], let the earlier ones win, and sort them all.
+
+    Stock's top-k leaves both open. Row m has the scores of columns first[m] .. end[m] - 1, and tokens count from there.
+    """
+    k = selected.shape[1]
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    first, end = first.view(-1, 1), end.view(-1, 1)
+    seen = (columns >= first) & (columns < end)
+    of_selected = scores.gather(1, (first + selected.clamp(min=0)).long().clamp(max=scores.shape[1] - 1))
+    worst = torch.where(selected >= 0, of_selected, float("inf")).amin(dim=1, keepdim=True)
+    above, equal = seen & (scores > worst), seen & (scores == worst)
+    room = (end - first).clamp(max=k) - above.sum(dim=1, keepdim=True)
+    keep = above | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))
+    place = torch.where(keep, keep.cumsum(dim=1, dtype=torch.int32) - 1, k)
+    settled = selected.new_full((len(selected), k + 1), -1)
+    settled.scatter_(1, place.long(), (columns - first).to(selected.dtype))
+    selected.copy_(settled[:, :k])
