@@ -81,11 +81,11 @@ __device__ __forceinline__ Room room_of(const SelectArguments& args, const Chunk
   Room room;
   room.best_kept = (args.k + 3) / 4 * 4;
   room.most_kept = room.best_kept + (rows == 1 ? kMoreKept : 0);
-  const bool fits = chunk.pages * kPageTokens <= args.pool_words / rows / kPageTokens * kPageTokens;
+  const bool fits = chunk.pages * kPageTokens <= quotient(args.pool_words, rows) / kPageTokens * kPageTokens;
   const int next_words = fits || 2 * room.most_kept <= kScratchWords ? 0 : 2 * room.most_kept;
   room.next = next_words == 0 ? -kScratchWords : args.pool_words - next_words;  // the scratch precedes the pool
   room.row_words = chunk.is_short ? chunk.pages * kPageTokens
-                                  : (args.pool_words - next_words) / rows / kPageTokens * kPageTokens;
+                                  : quotient(args.pool_words - next_words, rows) / kPageTokens * kPageTokens;
   room.kept_words = fits ? 0 : room.most_kept;
   room.capacity = (room.row_words - room.kept_words) / kPageTokens * kPageTokens;
   return room;
@@ -111,7 +111,8 @@ __device__ __forceinline__ int find_items(
         scores && row > 0 && request[row] == request[row - 1] && args.scores(visible[row - 1]);
     const uint32_t starts = __ballot_sync(~0u, !continues) & ((2u << lane) - 1);
     const int place_in_run = starts != 0 ? lane - (31 - __clz(static_cast<int>(starts))) : run_before + lane;
-    const bool is_first = scores && place_in_run % args.rows_per_item == 0;
+    const bool is_first =
+        scores && place_in_run == quotient(place_in_run, args.rows_per_item) * args.rows_per_item;
     const uint32_t firsts = __ballot_sync(~0u, is_first);
     if (is_first) {
       int rows = 1, most = visible[row];
@@ -145,7 +146,7 @@ __device__ __forceinline__ int choose_chunk_pages(const Item* items, Plan& plan)
   fewest = __reduce_min_sync(~0u, fewest);
   int low = max(ceil_div(total, ctas), kFewestPages);
   if (count > ctas) return low;
-  if (fewest == most) return max(low, ceil_div(most, ctas / max(count, 1)));
+  if (fewest == most) return max(low, ceil_quotient(most, quotient(ctas, max(count, 1))));
   int high = max(most, low);  // does; below `low` nothing does
   constexpr int kWarps = kThreads / 32, kRounds = 2;
 #pragma unroll 1
@@ -154,7 +155,7 @@ __device__ __forceinline__ int choose_chunk_pages(const Item* items, Plan& plan)
     const int candidate = low + warp * step;
     int chunks = 0;
 #pragma unroll 1
-    for (int i = lane; i < count; i += 32) chunks += ceil_div(items[i].pages, candidate);
+    for (int i = lane; i < count; i += 32) chunks += ceil_quotient(items[i].pages, candidate);
     chunks = __reduce_add_sync(~0u, chunks);
     if (lane == 0) plan.is_feasible[round][warp] = chunks <= ctas;
     __syncthreads();
@@ -175,7 +176,7 @@ __device__ __forceinline__ void find_chunks(
   for (int base = 0; base < plan.items; base += 32) {
     const bool exists = base + lane < plan.items;
     const Item item = exists ? items[base + lane] : Item{0, 0, 0};
-    const int ranks = ceil_div(item.pages, chunk_pages);
+    const int ranks = ceil_quotient(item.pages, chunk_pages);
     int inclusive = ranks;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -183,25 +184,25 @@ __device__ __forceinline__ void find_chunks(
       if (lane >= offset) inclusive += other;
     }
     const int first = before + inclusive - ranks;
-    const int start = first < ctas ? first : first % ctas;
+    const int start = first - quotient(first, ctas) * ctas;
     const int rank = cta - start + (cta < start ? ctas : 0);
     const uint32_t split = __ballot_sync(~0u, ranks > 1);
     if (rank < ranks) {
-      const int first_page = rank * item.pages / ranks, keys = item.pages * kPageTokens;
-      // all keys of one row besides all ranks' share of every row: the same answer for each rank
+      const int first_page = rank * chunk_pages, keys = item.pages * kPageTokens;
+      // all keys of one row besides a rank's part of every row: the same answer for each rank
       const bool is_short = ranks > 1 && keys <= kExchangedKeys &&
-                            keys + (ceil_div(item.pages, ranks) * item.rows) * kPageTokens <= args.pool_words;
-      chunks[(first + rank) / ctas] = {
+                            keys + chunk_pages * item.rows * kPageTokens <= args.pool_words;
+      chunks[quotient(first + rank, ctas)] = {
           {item.row, item.rows, request[item.row], rank, ranks,
            args.row_is_slot ? item.row : kRowsPerItem * (split_before + __popc(split & ((1u << lane) - 1)))},
-          first_page, (rank + 1) * item.pages / ranks - first_page, 0, first, item.pages, is_short};
+          first_page, min(chunk_pages, item.pages - first_page), 0, first, item.pages, is_short};
     }
     before += __shfl_sync(~0u, inclusive, 31);
     split_before += __popc(split);
   }
   __syncwarp();
   if (lane == 0) {
-    const int count = before > cta ? ceil_div(before - cta, ctas) : 0;
+    const int count = before > cta ? ceil_quotient(before - cta, ctas) : 0;
     int pages = 0;
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
@@ -261,6 +262,16 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     if (threadIdx.x < 32) {
       const int count = find_items(args, visible, request, items);
       if (threadIdx.x == 0) plan.items = count;
+    } else {  // meanwhile a warp for each row asks for the ids of its pages, which are needed next
+      const int row = static_cast<int>(blockIdx.x) * (kThreads / 32 - 1) + threadIdx.x / 32 - 1;
+      if (row < args.rows.count) {
+        constexpr int kLineIds = 32;
+        const int32_t* ids = args.rows.block_table + request[row] * args.rows.table_stride;
+#pragma unroll 1
+        for (int page = threadIdx.x % 32 * kLineIds; page * kPageTokens < visible[row]; page += 32 * kLineIds) {
+          ptx::prefetch_l2(ids + page);
+        }
+      }
     }
     __syncthreads();
     const int chunk_pages = choose_chunk_pages(items, plan);
@@ -353,8 +364,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     };
     // the warpgroup's first page in the chunk
     int page = chunk.begin + (warpgroup - chunk.begin & (kWarpgroups - 1));
-    int stage = page % stages;
-    uint32_t parity = page / stages & 1;
+    const int lap = quotient(page, stages);
+    int stage = page - lap * stages;
+    uint32_t parity = lap & 1;
     // the warpgroup's first warp holds the ids of the pages that get its stages next, a lane each
     int refills = 0;
     const auto load_ids = [&](int later) {

@@ -191,6 +191,13 @@ __device__ __forceinline__ void prefetch_l2(const void* pointer) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
 
+// x / y to two units in the last place, at most.
+__device__ __forceinline__ float divide_roughly(float x, float y) {
+  float quotient;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));
+  return quotient;
+}
+
 // Words that say themselves whether they have been written: they order nothing else.
 __device__ __forceinline__ uint4 load_relaxed(const uint4* pointer) {
   uint4 value;
