@@ -222,7 +222,7 @@ struct Fixed {
   alignas(kTileAlignment) char query[Layout::kQueryBytes];
   char scale_tiles[kMostStages][kScaleTileBytes];
   Selection::Shared selection;
-  alignas(8) uint64_t full[kMostStages];
+  alignas(8) uint64_t full[kMostStages], empty[kMostStages];
   int first_ids[kMostStages];  // each for the thread that wrote it
   int32_t routed_heads[Layout::kRows * kHeads];
   RowPart parts[Layout::kRows];
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
   extern __shared__ __align__(1024) char shared[];
   auto& fixed = *reinterpret_cast<Fixed<kHeads>*>(shared);
   Plan& plan = fixed.plan;
-  uint64_t* full = fixed.full;
+  uint64_t *full = fixed.full, *empty = fixed.empty;
   const int stages = args.stages, k = args.k;
   auto* scratch = reinterpret_cast<uint32_t*>(shared + sizeof(fixed));
   auto* pool = scratch + kScratchWords;
@@ -256,6 +256,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     }
     if (threadIdx.x < stages) {
       ptx::mbarrier_init(&full[threadIdx.x], 1);
+      ptx::mbarrier_init(&empty[threadIdx.x], 4);  // the warps of the stage's warpgroup
       ptx::mbarrier_init_fence();
     }
     __syncthreads();
@@ -409,10 +410,14 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         const uint32_t floor = fixed.parts[0].floor;  // not kept, as registers are short
         ptx::wgmma_wait<0>();
         ptx::pin_registers(d);
-        sync_warpgroup(warpgroup);
+        __syncwarp();
+        if (thread % 32 == 0) ptx::mbarrier_arrive(&empty[stage]);
         if (thread < 32 && page + stages < plan.pages) {
           const int id = __shfl_sync(~0u, refill_ids, refills % 32);
-          if (thread == 0) load_page(stage, id);
+          if (thread == 0) {
+            ptx::mbarrier_wait(&empty[stage], parity);
+            load_page(stage, id);
+          }
           if (++refills % 16 == 0 && (thread & 16) == (refills - 1 & 16)) {  // the half that has been used
             refill_ids = load_ids(32 - (refills - 1 & 31));
           }

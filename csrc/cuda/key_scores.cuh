@@ -9,17 +9,6 @@
 
 namespace misa {
 
-/// Barrier of one of a block's at most four warpgroups. Its number is a constant, as a variable one would reserve all
-/// barriers of the multiprocessor.
-__device__ __forceinline__ void sync_warpgroup(int warpgroup) {
-  switch (warpgroup) {
-    case 0: return ptx::named_barrier_sync<1, 128>();
-    case 1: return ptx::named_barrier_sync<2, 128>();
-    case 2: return ptx::named_barrier_sync<3, 128>();
-    default: return ptx::named_barrier_sync<4, 128>();
-  }
-}
-
 /// How the heads of a query, or of up to kRows queries of one request, lie in the columns of the product.
 ///
 /// Lane c of a quad holds columns {8i + 2c, 8i + 2c + 1}. With up to 8 heads ("private") those are the heads of query
