@@ -11,6 +11,7 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # on GPUs: the sample
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import vllm.envs  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
@@ -97,6 +98,19 @@ def offline_engine(model: str, misa: dict | None, **options):
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def allow_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process, which has had an engine, start one of several ranks.
+
+    On a GPU, the first engine has made a fork of the process useless; on CPU each rank wants a memory node to itself.
+    vLLM keeps the variables' values once it has an engine.
+    """
+    variable, value = (
+        ("VLLM_WORKER_MULTIPROC_METHOD", "spawn") if ON_GPU else ("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    )
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(vllm.envs, variable, value, raising=False)
 
 
 def greedy(llm: LLM, prompts: list[list[int]], tokens: int) -> list[list[int]]:

@@ -30,3 +30,12 @@ def test_settled_selections_are_the_earliest_of_the_best():
             want[m, : len(order)] = torch.tensor(best(seen, k), dtype=torch.int32)
         settle(scores, first, end, selected)
         assert torch.equal(selected, want)
+
+
+def test_padding_that_nobody_scored_is_left_to_itself():
+    """Rows of a captured graph beyond its batch: scores and selection are what memory held."""
+    scores = torch.tensor([[3.0, 1.0, 2.0, 0.0], [5.0, 7.0, 6.0, 9.0], [torch.nan, 4.0, torch.inf, -1.0]])
+    first, end = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([4, 4, 4], dtype=torch.int32)
+    selected = torch.tensor([[2, 0], [2**31 - 1, -(2**31)], [0, 0]], dtype=torch.int32)
+    settle(scores, first, end, selected)
+    assert selected[0].tolist() == [0, 2]

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-import vllm.envs
 
-from tests.engine.conftest import ON_DEVICE, ON_GPU, TOPK, greedy, offline_engine, random_prompt
+from tests.engine.conftest import ON_DEVICE, ON_GPU, TOPK, allow_ranks, greedy, offline_engine, random_prompt
 from tests.engine.recorder import RecordingWorker
 
 PROMPT = random_prompt(TOPK + 236)
@@ -18,13 +17,7 @@ def test_two_ranks_select_what_one_does(start_engine, deepseek_model, monkeypatc
     engine = start_engine(deepseek_model, **OPTIONS)
     expected = engine.generate([PROMPT], tokens=TOKENS)
     selected = dict(engine.selected[0])
-    # The engine above had vLLM keep the variables' values. On a GPU, it has made a fork of this process useless; on CPU
-    # each rank wants a memory node to itself.
-    variable, value = (
-        ("VLLM_WORKER_MULTIPROC_METHOD", "spawn") if ON_GPU else ("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    )
-    monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(vllm.envs, variable, value, raising=False)
+    allow_ranks(monkeypatch)
     worker = f"{RecordingWorker.__module__}.{RecordingWorker.__qualname__}"
     options = {**ON_DEVICE, **OPTIONS, "tensor_parallel_size": 2, "worker_extension_cls": worker}
     with offline_engine(deepseek_model, {"pool_block": 64}, **options) as llm:

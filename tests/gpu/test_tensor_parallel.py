@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from misa_vllm.indexer import Indexer
-from tests.engine.conftest import ON_DEVICE, greedy, offline_engine, random_prompt, write_model
+from tests.engine.conftest import ON_DEVICE, allow_ranks, greedy, offline_engine, random_prompt, write_model
 
 PROMPT = 33_000  # rows of one step; vLLM shares them out from 16384 a rank on
 EVERY = 61
@@ -29,7 +29,8 @@ class SelectionWorker:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_shared_out_rows_select_as_one_rank_does(tmp_path):
+def test_shared_out_rows_select_as_one_rank_does(tmp_path, monkeypatch):
+    allow_ranks(monkeypatch)
     model = write_model(tmp_path / "model", layers=1)
     options = {
         **ON_DEVICE,
