@@ -21,7 +21,7 @@ from misa_vllm.config import resolve_settings
 
 ENVIRONMENT = {
     "date": "2026-01-02T03:04:05+00:00",
-    "gpu": "NVIDIA Test",
+    "hardware": "NVIDIA Test",
     "driver": "1.2",
     "cuda": "13.0",
     "torch": "2.13.0",

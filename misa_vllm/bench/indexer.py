@@ -7,7 +7,6 @@ slows them alike; what is printed are medians. The queries are the last ones of 
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from misa_vllm import __version__, reference
-from misa_vllm.bench.report import commit
+from misa_vllm.bench.report import commit, cpu_name
 from misa_vllm.index_cache import INDEX_HEAD_DIM, PAGE_BYTES, PAGE_TOKENS
 from misa_vllm.kernels import choose_kernels
 from misa_vllm.rows import QueryRows
@@ -87,13 +86,6 @@ def time_in_turn(steps: dict[str, Callable[[], None]], seconds: float) -> dict[s
             step()
             times[name].append(time.perf_counter() - start)
     return times
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def run(args: argparse.Namespace) -> None:

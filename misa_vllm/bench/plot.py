@@ -18,7 +18,7 @@ def plot(result: dict, file: Path) -> None:
         draw(axes, result, name)
     environment = result["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("vllm", "torch", "misa_vllm", "commit"))
-    figure.suptitle(f"{environment['gpu']}: {versions}", fontsize="small")
+    figure.suptitle(f"{environment['hardware']}: {versions}", fontsize="small")
     figure.savefig(file, dpi=150)
 
 

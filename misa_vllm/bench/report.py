@@ -1,7 +1,9 @@
-"""What all benchmarks share: what stops one, which machine it ran on, how its figures are written."""
+"""What benchmarks and fidelity tools share: what stops one, which machine it ran on, how its figures are written."""
 
 import contextlib
+import importlib
 import os
+import platform
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,6 +55,17 @@ def require_writable(*files: Path | None) -> None:
             raise BenchmarkError(f"{file} cannot be written: name a file in a folder that you may write to")
 
 
+def require_folder(folder: Path | None) -> None:
+    """Raise BenchmarkError unless results can be written into `folder` (None: nothing is written)."""
+    if folder is None:
+        return
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise BenchmarkError(f"--output {folder} cannot be written: name a folder that you may write to")
+
+
 def commit() -> str | None:
     """The checkout's commit, with "-dirty" if files differ from it, or None outside of one."""
     folder = Path(__file__).resolve().parent
@@ -70,18 +83,28 @@ def driver() -> str | None:
     return None
 
 
-def environment() -> dict[str, str | None]:
-    """Names the machine and the versions that figures of a GPU belong to."""
-    import triton
+def cpu_name() -> str:
+    """The processor as the kernel names it, or its architecture."""
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def environment() -> dict[str, str | int | None]:
+    """Names the machine and the versions that figures belong to; `hardware` is the GPU, or the CPU where none is."""
     import vllm
 
+    on_gpu = torch.cuda.is_available()
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver(),
+        "hardware": torch.cuda.get_device_name() if on_gpu else f"{cpu_name()}, {os.cpu_count()} threads",
+        "gpus": torch.cuda.device_count() if on_gpu else 0,
+        "driver": driver() if on_gpu else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": importlib.import_module("triton").__version__ if on_gpu else None,  # CPU builds have none
         "vllm": vllm.__version__,
         "misa_vllm": __version__,
         "commit": commit(),
@@ -94,11 +117,10 @@ def plain(arguments: dict) -> dict:
     return {name: value for name, value in arguments.items() if isinstance(value, kinds)}
 
 
-def headline(environment: dict[str, str | None]) -> str:
+def headline(environment: dict[str, str | int | None]) -> str:
     """`environment` in one line."""
-    date, gpu, *versions = environment
-    parts = [environment[gpu], *(f"{name} {environment[name]}" for name in versions), environment[date]]
-    return ", ".join(str(part) for part in parts)
+    versions = (f"{name} {value}" for name, value in environment.items() if value and name not in ("date", "hardware"))
+    return ", ".join([environment["hardware"], *versions, environment["date"]])
 
 
 def aligned_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:

@@ -141,14 +141,12 @@ def run_tool(tool: str, engine: str, args: argparse.Namespace) -> tuple[dict | N
 
 
 def run(args: argparse.Namespace) -> int:
-    from misa_vllm.eval.report import environment, require_folder
-
-    require_folder(args.output)
+    report.require_folder(args.output)
     args.output.mkdir(parents=True, exist_ok=True)
     result = {
         "benchmark": "vllm",
         "command": shlex.join(["misa-bench", *sys.argv[1:]]),
-        "environment": environment(),
+        "environment": report.environment(),
         "arguments": report.plain(vars(args)),
         "figures": [],
         "failures": [],

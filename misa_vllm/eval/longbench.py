@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from misa_vllm.bench import report
-from misa_vllm.bench.report import at_least
+from misa_vllm.bench.report import at_least, environment, require_folder
 from misa_vllm.eval import engines
-from misa_vllm.eval.report import EvalError, described, environment, require_folder
+from misa_vllm.eval.report import EvalError, described
 
 REQUIRED_MODULES = ("lm_eval", "jieba", "fuzzywuzzy", "rouge")
 FIELDS = {"input": str, "context": str, "answers": list}

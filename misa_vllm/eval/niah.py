@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from misa_vllm.bench import report
-from misa_vllm.bench.report import at_least
+from misa_vllm.bench.report import at_least, environment, require_folder
 from misa_vllm.demo import DOCUMENT, DemoError, read_counters
 from misa_vllm.eval import engines
 from misa_vllm.eval.haystack import Haystack, Prompt, PromptBuilder
 from misa_vllm.eval.needles import Needle, draw_needle
-from misa_vllm.eval.report import EvalError, can_draw, described, environment, require_folder
+from misa_vllm.eval.report import EvalError, can_draw, described
 
 SHORTEST, LONGEST = 1024, 131072
 DEPTHS = list(range(0, 101, 10))

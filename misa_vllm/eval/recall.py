@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from misa_vllm.bench.report import aligned_table, at_least, one_line, plain, write_text
+from misa_vllm.bench.report import aligned_table, at_least, environment, one_line, plain, require_folder, write_text
 from misa_vllm.config import resolve_settings
 from misa_vllm.eval.engines import add_engine_arguments, engine_arguments
 from misa_vllm.eval.probe import Variant
-from misa_vllm.eval.report import EvalError, can_draw, described, environment, require_folder
+from misa_vllm.eval.report import EvalError, can_draw, described
 from misa_vllm.eval.statistics import SERVED, STATISTICS
 from misa_vllm.policies import POLICIES
 from misa_vllm.policies.hisa import BLOCK as HISA_BLOCK

@@ -179,14 +179,24 @@ def test_segments_grow_until_their_sums_fit(monkeypatch):
     whole = kernels.route_heads_by_signs(q, gates, cache, rows, 3, 64)
     for most in (0, 1, 2):
         monkeypatch.setattr(signed_means, "SUMS_BYTES", 2048 * most)
-        size, segments = signed_means._segments(1, 64 * 40)
-        assert segments <= most and size * segments <= 40
+        for shared in (False, True):
+            size, segments = signed_means._segments(1, 64 * 40, shared)
+            assert segments <= most and size * segments <= 40
         assert torch.equal(kernels.route_heads_by_signs(q, gates, cache, rows, 3, 64), whole)
+
+
+@pytest.mark.parametrize("pages", [1, 40, 256, 257, 2048, 2**14])
+def test_a_row_alone_reads_few_segments_and_few_pages(pages):
+    """A row that shares them reads one segment, so only the pages behind it count."""
+    for shared in (False, True):
+        size, segments = signed_means._segments(1, 64 * pages, shared)
+        assert size == 16 if shared else size * size >= pages and segments <= size
+        assert size * segments <= pages < size * (segments + 1)
 
 
 @pytest.mark.parametrize("requests", [1, 7, 1024, 8192])
 def test_workspace_of_the_signs_is_bounded(requests):
-    size, segments = signed_means._segments(requests, 2**20)
+    size, segments = signed_means._segments(requests, 2**20, shared=False)
     taken = requests * segments * 2048
     assert taken <= signed_means.signs_workspace_bytes(requests, 2**20) <= signed_means.SUMS_BYTES
     assert size * (segments + 1) > 2**20 // PAGE_TOKENS

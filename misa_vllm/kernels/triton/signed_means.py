@@ -27,13 +27,18 @@ from misa_vllm.rows import QueryRows
 SUMS_BYTES = 32 << 20
 """Bounds the sums of page segments; segments grow until theirs fit."""
 SEGMENT_PAGES = 16
-TILE = tl.constexpr(16)  # pages, or segments, that a program loads at a time
+SUMMED_PAGES, ROUTED_PAGES = tl.constexpr(16), tl.constexpr(32)
+"""Pages, or segments, that a program of the one or the other kernel loads at a time."""
 
 
-def _segments(requests: int, max_visible: int) -> tuple[int, int]:
-    """(pages of a segment, how many of them a request has at most), so that all their sums fit SUMS_BYTES."""
+def _segments(requests: int, max_visible: int, shared: bool) -> tuple[int, int]:
+    """(pages of a segment, how many of them a request has at most), so that all their sums fit SUMS_BYTES.
+
+    A row that shares them reads one segment and the pages behind it. A row alone reads all of them, so it has about as
+    many segments as it has pages behind the last, on average: half a segment's.
+    """
     pages, size = max_visible // PAGE_TOKENS, SEGMENT_PAGES
-    while spec_bytes(_spec(requests, pages // size)) > SUMS_BYTES:
+    while spec_bytes(_spec(requests, pages // size)) > SUMS_BYTES or (not shared and size * size < pages):
         size *= 2
     return size, pages // size
 
@@ -57,9 +62,9 @@ def route_heads_by_signs(
     if count == 0:
         return routed
     requests = rows.block_table.shape[0]
-    segment_pages, segments = _segments(requests, rows.max_visible)
     # rows that share a request read one running sum each; a row alone adds up its segments itself
     shared = count > MIN_ROWS_TO_POOL * requests
+    segment_pages, segments = _segments(requests, rows.max_visible, shared)
     (sums,) = scratch(q.device, _spec(requests, segments))
     addressing = (
         index_cache,
@@ -101,7 +106,7 @@ def route_heads_by_signs(
 
 
 @triton.jit
-def _page_sums(cache, page_stride, pages, first, end, HALF: tl.constexpr):
+def _page_sums(cache, page_stride, pages, first, end, HALF: tl.constexpr, TILE: tl.constexpr):
     """Sums [128] int64, in units of 2^-24, of half HALF (0: p, 1: n) of the statistics of pages[first .. end)."""
     dim = tl.arange(0, DIM)
     total = tl.zeros((DIM,), tl.int64)
@@ -139,8 +144,9 @@ def _segment_sums_kernel(
         current = tl.load(request + mine).to(tl.int64)
         pages = block_table + current * block_table_stride
         target = sums + (current * segments + segment) * (2 * DIM) + tl.arange(0, DIM)
-        tl.store(target, _page_sums(cache, page_stride, pages, end - segment_pages, end, 0))
-        tl.store(target + DIM, _page_sums(cache, page_stride, pages, end - segment_pages, end, 1))
+        first = end - segment_pages
+        tl.store(target, _page_sums(cache, page_stride, pages, first, end, 0, SUMMED_PAGES))
+        tl.store(target + DIM, _page_sums(cache, page_stride, pages, first, end, 1, SUMMED_PAGES))
         owner = owner * (row_request != current).to(tl.int32)
 
 
@@ -160,7 +166,7 @@ def _running_sums_kernel(sums, segments, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 
 @triton.jit
-def _add_segments(sums, first, end, HALF: tl.constexpr):
+def _add_segments(sums, first, end, HALF: tl.constexpr, TILE: tl.constexpr):
     """The sum [128] int64 of lines first .. end of half HALF of `sums`."""
     dim = tl.arange(0, DIM)
     total = tl.zeros((DIM,), tl.int64)
@@ -188,10 +194,10 @@ def _route_by_signs_kernel(
     first_segment = tl.where(shared != 0, tl.maximum(end_segment - 1, 0), 0)
     whole = sums + current * segments * (2 * DIM)
     first = end_segment * segment_pages
-    positive = _add_segments(whole, first_segment, end_segment, 0)
-    positive += _page_sums(cache, page_stride, pages, first, end, 0)
-    negative = _add_segments(whole, first_segment, end_segment, 1)
-    negative += _page_sums(cache, page_stride, pages, first, end, 1)
+    positive = _add_segments(whole, first_segment, end_segment, 0, ROUTED_PAGES)
+    positive += _page_sums(cache, page_stride, pages, first, end, 0, ROUTED_PAGES)
+    negative = _add_segments(whole, first_segment, end_segment, 1, ROUTED_PAGES)
+    negative += _page_sums(cache, page_stride, pages, first, end, 1, ROUTED_PAGES)
     unit = 2.0**-24
     of_positive = (positive.to(tl.float32) * unit)[None, :]
     of_negative = (negative.to(tl.float32) * -unit)[None, :]
