@@ -16,7 +16,7 @@ from typing import IO
 
 START_TIMEOUT_S = 1800.0  # a large checkpoint takes minutes to load
 STOP_TIMEOUT_S = 20.0
-TAIL_LINES = 15
+TAIL_LINES = 20
 PYTHON = sys.executable
 
 

@@ -20,6 +20,7 @@ from misa_vllm.eval.haystack import Haystack, PromptBuilder, split_sentences
 from misa_vllm.eval.needles import Needle
 from misa_vllm.eval.report import EvalError, can_draw
 from misa_vllm.models import tiny
+from tests.test_processes import gone
 
 DOCUMENTS = [
     tiny.TRAINING_TEXT.read_text(encoding="utf-8")[:9000],
@@ -515,7 +516,7 @@ def stub(tmp_path, monkeypatch):
         "def serve_plan(folder):\n"
         "    if os.environ['STUB'] == 'refuse':\n"
         "        raise MISAConfigError('choose another model')\n"
-        "    (folder / 'started').touch()\n"
+        "    print(os.getpid(), file=open(os.environ['STUB'], 'w'), flush=True)\n"
         "    time.sleep(600)\n"
     )
     root = str(tiny.TRAINING_TEXT.parents[2])
@@ -532,19 +533,19 @@ def test_engine_that_refuses_is_one_line(stub, monkeypatch, capsys):
 
 
 def test_engine_ends_with_its_parent(stub, monkeypatch, tmp_path):
-    monkeypatch.setenv("STUB", "sleep")
-    command = [sys.executable, "-m", "misa_vllm.eval.engines", stub, str(tmp_path)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    pid_file = tmp_path / "pid"
+    monkeypatch.setenv("STUB", str(pid_file))
+    code = f"from misa_vllm.eval import engines; engines.run_child({stub!r}, {{}}, print)"
+    parent = subprocess.Popen([sys.executable, "-c", code])
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "started").exists():
-            assert child.poll() is None and time.monotonic() < deadline
+        while not (pid_file.exists() and pid_file.read_text().endswith("\n")):
+            assert parent.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        child.stdin.close()
-        assert child.wait(timeout=30) == -9
     finally:
-        child.kill()
-        child.wait()
+        parent.kill()
+        parent.wait()
+    assert gone(int(pid_file.read_text()))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this test runs the CPU engine")

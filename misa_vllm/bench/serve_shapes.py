@@ -87,7 +87,6 @@ DECODE_FROM, DECODE_TO = 2, 66
 LEAST_S = 20
 """An engine is not started with less time than this left."""
 FIRST_ORDINARY_TOKEN = 10
-LOG_LINES_SHOWN = 20
 
 
 class OrdinaryWeights:
@@ -275,12 +274,11 @@ def run_engine(engine: Engine, timeout: float, logs: Path | None) -> tuple[dict 
         log = folder / "log"
         with log.open("wb") as output:
             problem = processes.run(command, timeout, output, env=engine.environment())
-        text = log.read_text(errors="replace")
         if logs is not None:
             name = "".join(c if c.isalnum() else "-" for c in f"{engine.shape}-{engine.name}")
-            report.write_text(logs / f"{name}.log", text)
+            report.write_text(logs / f"{name}.log", log.read_text(errors="replace"))
         if problem is not None:
-            print(*text.splitlines()[-LOG_LINES_SHOWN:], sep="\n", file=sys.stderr)
+            print(*processes.tail(log), sep="\n", file=sys.stderr)
             return None, problem
         return json.loads((folder / "result.json").read_text()), None
 

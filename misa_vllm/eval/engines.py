@@ -5,20 +5,18 @@ calls `Results.add` for what it finds, which the parent receives while the child
 """
 
 import argparse
-import contextlib
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+from misa_vllm import processes
 from misa_vllm.bench.report import at_least, one_line
 from misa_vllm.bench.serve_shapes import json_object
 from misa_vllm.config import resolve_settings
@@ -27,7 +25,6 @@ from misa_vllm.policies import POLICIES
 from misa_vllm.settings import IndexerSettings, MISAConfigError
 
 DEFAULT_POLICIES = ("dsa", "misa", "hierarchical")
-LOG_LINES_SHOWN = 20
 POLL_S = 0.1
 
 
@@ -167,36 +164,24 @@ def run_child(
         # the sampler that needs no compiler; the engine in the same process, which starts and ends sooner
         environment = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | os.environ
         refusal = None
-        with (folder / "log").open("wb") as log, results.open() as lines:
-            # a session of its own, so that the engine's worker processes can be ended with it
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-            try:
-                ended = False
-                while not ended:
-                    ended = child.poll() is not None  # what it wrote last is read once more
-                    for result in _whole_lines(lines):
-                        if "refused" in result:
-                            refusal = result["refused"]
-                        else:
-                            receive(result)
-                    time.sleep(0 if ended else POLL_S)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-                child.stdin.close()
+        with (
+            (folder / "log").open("wb") as log,
+            results.open() as lines,
+            processes.started(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as child,
+        ):
+            ended = False
+            while not ended:
+                ended = child.poll() is not None  # what it wrote last is read once more
+                for result in _whole_lines(lines):
+                    if "refused" in result:
+                        refusal = result["refused"]
+                    else:
+                        receive(result)
+                time.sleep(0 if ended else POLL_S)
         if refusal is not None:
             raise EvalError(refusal)
         if child.returncode:
-            tail = (folder / "log").read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
-            print(*tail, sep="\n", file=sys.stderr)
+            print(*processes.tail(folder / "log"), sep="\n", file=sys.stderr)
             raise EngineFailure(f"its process ended with code {child.returncode}")
 
 
@@ -234,16 +219,8 @@ def register_backend() -> None:
     register()
 
 
-def _end_with_parent() -> None:
-    """End this process and those it started when the parent is gone: standard input closes then."""
-    while os.read(0, 4096):  # not sys.stdin: its lock would be held when the interpreter ends
-        pass
-    os.killpg(0, signal.SIGKILL)
-
-
 def child_main(module: str, folder: Path) -> int:
     """Run a tool's half of the work; the exit code."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         importlib.import_module(module).serve_plan(folder)
     except (EvalError, MISAConfigError) as error:
