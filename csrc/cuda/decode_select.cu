@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
     }
     if (threadIdx.x < stages) {
       ptx::mbarrier_init(&full[threadIdx.x], 1);
-      ptx::mbarrier_init(&empty[threadIdx.x], 4);  // the warps of the stage's warpgroup
+      ptx::mbarrier_init(&empty[threadIdx.x], 4 * ptx::kArrivalsOfWarp);  // the stage's warpgroup
       ptx::mbarrier_init_fence();
     }
     __syncthreads();
@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_select_kernel(
         ptx::wgmma_wait<0>();
         ptx::pin_registers(d);
         __syncwarp();
-        if (thread % 32 == 0) ptx::mbarrier_arrive(&empty[stage]);
+        ptx::mbarrier_arrive_warp(&empty[stage], thread % 32);
         if (thread < 32 && page + stages < plan.pages) {
           const int id = __shfl_sync(~0u, refill_ids, refills % 32);
           if (thread == 0) {

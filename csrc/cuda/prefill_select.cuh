@@ -291,10 +291,8 @@ struct Queue {
     const uint32_t handed = sh.queues_handed[warp];
     sh.queue_length[handed % 2][threadIdx.x] = length;
     __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-      ptx::mbarrier_arrive(&sh.handed[handed % 2][warp]);
-      sh.queues_handed[warp] = handed + 1;
-    }
+    ptx::mbarrier_arrive_warp(&sh.handed[handed % 2][warp], threadIdx.x % 32);
+    if (threadIdx.x % 32 == 0) sh.queues_handed[warp] = handed + 1;
     __syncwarp();
     // the other queue, handed over before this one, must be free
     ptx::mbarrier_wait(&sh.emptied[(handed + 1) % 2][warp], (handed + 1) / 2 % 2 ^ 1);
@@ -360,10 +358,8 @@ __device__ __forceinline__ void empty_all_queues(const Params& p, Shared<kHeads>
       if (!__all_sync(0xFFFFFFFFu, is_handed)) continue;
       const bool more = empty_queues(p, warp, emptied % 2, sh);
       __syncwarp();
-      if (threadIdx.x % 32 == 0) {
-        ptx::mbarrier_arrive(&sh.emptied[emptied % 2][warp]);
-        sh.queues_emptied[warp] = more ? emptied + 1 : kNoMoreQueues;
-      }
+      ptx::mbarrier_arrive_warp(&sh.emptied[emptied % 2][warp], threadIdx.x % 32);
+      if (threadIdx.x % 32 == 0) sh.queues_emptied[warp] = more ? emptied + 1 : kNoMoreQueues;
       __syncwarp();
       idle = false;
     }
@@ -746,7 +742,7 @@ __device__ __forceinline__ void consume(const Params& p, RingCursor& ring, Share
         start_half<0>(first_half, group, ring.stage, sh);
         ptx::wgmma_wait<1>();
         ptx::pin_registers(second_half);
-        if (lane == 0) ptx::mbarrier_arrive(empty);
+        ptx::mbarrier_arrive_warp(empty, lane);
         sum.template add<1>(second_half, threshold, queue);
         start_half<1>(second_half, group, ring.stage, sh);
         if constexpr (kMode == Mode::kCollect) sum.raise_thresholds(page + p.splits, group, warp);
@@ -758,12 +754,12 @@ __device__ __forceinline__ void consume(const Params& p, RingCursor& ring, Share
         ring.advance();
         ptx::wgmma_wait<0>();
         ptx::pin_registers(second_half);
-        if (lane == 0) ptx::mbarrier_arrive(other_empty);
+        ptx::mbarrier_arrive_warp(other_empty, lane);
         sum.template add<1>(second_half, threshold, queue);
       } else {
         ptx::wgmma_wait<0>();
         ptx::pin_registers(second_half);
-        if (lane == 0) ptx::mbarrier_arrive(empty);
+        ptx::mbarrier_arrive_warp(empty, lane);
         sum.template add<1>(second_half, threshold, queue);
       }
     }
@@ -828,15 +824,15 @@ __device__ __forceinline__ Shared<kHeads>& init_shared(uint8_t* raw, const CUten
     sh.queues_handed[threadIdx.x] = 0;
     sh.queues_emptied[threadIdx.x] = 0;
     for (int which = 0; which < 2; ++which) {
-      ptx::mbarrier_init(&sh.handed[which][threadIdx.x], 1);
-      ptx::mbarrier_init(&sh.emptied[which][threadIdx.x], 1);
+      ptx::mbarrier_init(&sh.handed[which][threadIdx.x], ptx::kArrivalsOfWarp);
+      ptx::mbarrier_init(&sh.emptied[which][threadIdx.x], ptx::kArrivalsOfWarp);
     }
   }
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(map);
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(&sh.full[stage], kMode == Mode::kSample ? kGroupThreads : 1);
-      ptx::mbarrier_init(&sh.empty[stage], kConsumerThreads / 32);
+      ptx::mbarrier_init(&sh.empty[stage], kConsumerThreads / 32 * ptx::kArrivalsOfWarp);
     }
     ptx::mbarrier_init_fence();
   }

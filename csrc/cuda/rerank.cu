@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) rerank_kernel(const __grid_c
       min(tile_count * kTileKeys, all_candidates - first_candidate), tile_count};
   if (threadIdx.x < kStages) {
     ptx::mbarrier_init(&pipeline.full[threadIdx.x], 32);
-    ptx::mbarrier_init(&pipeline.empty[threadIdx.x], 4);
+    ptx::mbarrier_init(&pipeline.empty[threadIdx.x], 4 * ptx::kArrivalsOfWarp);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) rerank_kernel(const __grid_c
   const auto* const scales = reinterpret_cast<const float*>(scale_tiles) + key_of_lane;
   const auto release = [&](int stage) {
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&pipeline.empty[stage]);
+    ptx::mbarrier_arrive_warp(&pipeline.empty[stage], lane);
   };
 #pragma unroll 1
   for (int tile = warpgroup; tile < tile_count; tile += kStep) {

@@ -33,6 +33,18 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 
+// A warp arrives when all its lanes have done their part: a __syncwarp() or a collective instruction precedes.
+#ifdef MISA_EVERY_LANE_ARRIVES
+// for compute-sanitizer's racecheck, which counts an arrival for its own thread and for no other
+constexpr int kArrivalsOfWarp = 32;
+__device__ __forceinline__ void mbarrier_arrive_warp(uint64_t* barrier, int) { mbarrier_arrive(barrier); }
+#else
+constexpr int kArrivalsOfWarp = 1;
+__device__ __forceinline__ void mbarrier_arrive_warp(uint64_t* barrier, int lane) {
+  if (lane == 0) mbarrier_arrive(barrier);
+}
+#endif
+
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
                : "memory");

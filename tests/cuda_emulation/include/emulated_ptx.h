@@ -10,6 +10,10 @@ inline uint32_t smem_address(const void* pointer) { return emulator::shared_addr
 inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) { emulator::mbarrier_init(barrier, arrivals); }
 inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive(uint64_t* barrier) { emulator::mbarrier_arrive(barrier, 0); }
+constexpr int kArrivalsOfWarp = 1;
+inline void mbarrier_arrive_warp(uint64_t* barrier, int lane) {
+  if (lane == 0) mbarrier_arrive(barrier);
+}
 inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) { emulator::mbarrier_arrive(barrier, bytes); }
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) { emulator::mbarrier_wait(barrier, parity); }
 inline bool mbarrier_test(uint64_t* barrier, uint32_t parity) { return emulator::mbarrier_test(barrier, parity); }
