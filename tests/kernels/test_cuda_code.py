@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -61,3 +62,15 @@ def test_products_are_fp8_on_the_tensor_cores(functions):
 
 def test_registers_suffice(functions):
     assert [name for name, sass in functions.items() if re.search(r"\b(LDL|STL)\b", sass)] == []
+
+
+def test_rough_divisions_are_exact():
+    """`quotient` of csrc/cuda/decode_router.cuh, with any error that PTX allows its division: 2 units in the last place."""
+    rng = np.random.default_rng(0)
+    divisor = np.concatenate([np.arange(1, 4097), rng.integers(1, 2**21, 100_000)])
+    multiple = rng.integers(0, (2**21 - 1) // divisor + 1) * divisor
+    for value in (multiple, np.maximum(multiple - 1, 0), np.full_like(divisor, 2**21 - 1)):
+        exact = (value + 0.5) / divisor
+        last_place = np.exp2(np.floor(np.log2(exact)) - 23)
+        for error in (-2, 2):
+            assert np.array_equal((exact + error * last_place).astype(np.int64), value // divisor)
