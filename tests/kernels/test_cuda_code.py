@@ -65,7 +65,7 @@ def test_registers_suffice(functions):
 
 
 def test_rough_divisions_are_exact():
-    """`quotient` of csrc/cuda/decode_router.cuh, with any error that PTX allows its division: 2 units in the last place."""
+    """`quotient` of csrc/cuda/decode_router.cuh, with any error that PTX allows: 2 units in the last place."""
     rng = np.random.default_rng(0)
     divisor = np.concatenate([np.arange(1, 4097), rng.integers(1, 2**21, 100_000)])
     multiple = rng.integers(0, (2**21 - 1) // divisor + 1) * divisor
