@@ -34,11 +34,11 @@ SUMMED_PAGES, ROUTED_PAGES = tl.constexpr(16), tl.constexpr(32)
 def _segments(requests: int, max_visible: int, shared: bool) -> tuple[int, int]:
     """(pages of a segment, how many of them a request has at most), so that all their sums fit SUMS_BYTES.
 
-    A row that shares them reads one segment and the pages behind it. A row alone reads all of them, so it has about as
-    many segments as it has pages behind the last, on average: half a segment's.
+    A row that shares them reads one segment and the pages behind it. A row alone reads all of them, a tile at a time,
+    but should not have more than a tile of pages behind the last where its context is short.
     """
     pages, size = max_visible // PAGE_TOKENS, SEGMENT_PAGES
-    while spec_bytes(_spec(requests, pages // size)) > SUMS_BYTES or (not shared and size * size < pages):
+    while spec_bytes(_spec(requests, pages // size)) > SUMS_BYTES or (not shared and 4 * size * size < pages):
         size *= 2
     return size, pages // size
 
