@@ -28,14 +28,14 @@ def test_settled_selections_are_the_earliest_of_the_best():
             rng.shuffle(order)
             selected[m, : len(order)] = torch.tensor(order, dtype=torch.int32)
             want[m, : len(order)] = torch.tensor(best(seen, k), dtype=torch.int32)
-        settle(scores, first, end, selected)
+        assert settle(scores, first, end, selected) == 0
         assert torch.equal(selected, want)
 
 
-def test_padding_that_nobody_scored_is_left_to_itself():
-    """Rows of a captured graph beyond its batch: scores and selection are what memory held."""
-    scores = torch.tensor([[3.0, 1.0, 2.0, 0.0], [5.0, 7.0, 6.0, 9.0], [torch.nan, 4.0, torch.inf, -1.0]])
-    first, end = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([4, 4, 4], dtype=torch.int32)
-    selected = torch.tensor([[2, 0], [2**31 - 1, -(2**31)], [0, 0]], dtype=torch.int32)
-    settle(scores, first, end, selected)
+def test_a_token_that_is_not_among_the_best_is_told():
+    """Also one that does not exist; the other rows are settled all the same."""
+    scores = torch.tensor([[3.0, 1.0, 2.0, 0.0], [3.0, 1.0, 2.0, 0.0], [5.0, 7.0, 6.0, 1.0]])
+    first, end = torch.tensor([0, 0, 1], dtype=torch.int32), torch.tensor([4, 4, 4], dtype=torch.int32)
+    selected = torch.tensor([[2, 0], [0, 3], [2**31 - 1, 0]], dtype=torch.int32)
+    assert settle(scores, first, end, selected) == 2
     assert selected[0].tolist() == [0, 2]

@@ -35,10 +35,14 @@ def extended(deepseek_model):
 
 @contextmanager
 def settled_selections():
-    """Stock's selections, made unique: ties would tell its runs apart, and attention rounds by the order of tokens."""
+    """Stock's selections, made unique: ties would tell its runs apart, and attention rounds by the order of tokens.
+
+    Yields how many rows had a token that is not among their best, counted on the GPU, also by captured graphs.
+    """
     from vllm.model_executor.layers import sparse_attn_indexer as layer
 
     ops, get_topk = layer.ops, layer.get_indexer_topk
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
 
     class SettledOps:
         def __getattr__(self, name):
@@ -46,29 +50,31 @@ def settled_selections():
 
         def top_k_per_row_prefill(self, scores, first, end, selected, *args):
             ops.top_k_per_row_prefill(scores, first, end, selected, *args)
-            settle(scores, first, end, selected)
+            wrong.add_(settle(scores, first, end, selected))
 
     def get_settled_topk(backend):
         def topk(scores, lengths, next_n, selected, *args):
             get_topk(backend)(scores, lengths, next_n, selected, *args)
             end = lengths.reshape(-1)[: len(scores)]
-            settle(scores, torch.zeros_like(end), end, selected)
+            wrong.add_(settle(scores, torch.zeros_like(end), end, selected))
 
         return topk
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer, "ops", SettledOps())
         patch.setattr(layer, "get_indexer_topk", get_settled_topk)
-        yield
+        yield wrong
 
 
 def generate_twice(model, prompts, misa=None):
     """Greedy tokens of stock vLLM (`misa` None) or under the backend, CUDA graphs on; two runs from empty caches."""
     runs = []
-    with settled_selections(), offline_engine(model, misa, **OPTIONS) as llm:
+    with settled_selections() as wrong, offline_engine(model, misa, **OPTIONS) as llm:
+        wrong.zero_()  # what the start ran on was no request
         for _ in range(2):
             assert llm.reset_prefix_cache()
             runs.append(greedy(llm, prompts, TOKENS))
+        assert wrong == 0, "rows have tokens that are not among their best"
     return runs
 
 
