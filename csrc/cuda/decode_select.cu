@@ -25,6 +25,7 @@ namespace {
 constexpr int kWarpgroups = 4;
 constexpr int kThreads = 128 * kWarpgroups;
 constexpr int kMaxRows = 1024;
+constexpr int64_t kMostVisible = 1 << 25;  // keys; pages and sums of two counts of them stay in quotient's range
 constexpr int kFewestPages = 8;  // of a chunk: two for each warpgroup
 constexpr int kKeyTileBytes = kPageTokens * kHeadDim;
 constexpr int kScaleTileBytes = kPageTokens * 4;
@@ -707,6 +708,8 @@ SelectArguments arguments_of(
 
 template <bool kRoutes>
 void launch_heads(const SelectArguments& args, int heads, int64_t requests, int64_t max_visible, cudaStream_t stream) {
+  STD_TORCH_CHECK(
+      max_visible <= kMostVisible, "decode_select: rows may see at most ", kMostVisible, " keys, not ", max_visible);
   const auto launch_some = heads <= 8    ? launch<8, kRoutes>
                            : heads <= 16 ? launch<16, kRoutes>
                            : heads <= 32 ? launch<32, kRoutes>

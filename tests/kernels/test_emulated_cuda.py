@@ -4,6 +4,7 @@ Scores are exact in fp32, so that what is selected must equal the reference's to
 """
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -350,3 +351,11 @@ def test_memory_that_is_not_the_kernels_is_noticed(operators):
     case.rows = QueryRows(short, case.rows.request, case.rows.visible, case.rows.max_visible)
     with pytest.raises(cuda_emulation.EmulationError, match="not the kernel's|page"):
         decode_select(operators, case, None, 64)
+
+
+def test_more_keys_than_can_be_counted_are_refused(emulated_cuda):
+    case = make_case([[300]], 64)
+    rows = replace(case.rows, max_visible=2**25 + 1)
+    out = torch.empty(1, 64, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="at most 33554432 keys, not 33554433"):
+        emulated_cuda.route_and_select(case.q, case.gates, case.index_cache, rows, 8, 64, 64, out)
