@@ -7,9 +7,11 @@
 namespace misa {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kKeyGroups = 4;  // lanes 8g .. 8g + 7 read keys g, g + 4, ...; each lane 16 of the 128 dimensions
-constexpr int kKeysPerGroup = kPageTokens / kKeyGroups;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kParts = 8;                  // of 16 dimensions, a thread each
+constexpr int kKeysAtOnce = kThreads / kParts;
+constexpr int kTokensOfCta = 8;            // of many tokens, few of which end a page
+constexpr int kManyTokens = 1024;
 
 __device__ __forceinline__ void accumulate(float (&sum)[16], uint4 key, float scale) {
   const uint32_t words[4] = {key.x, key.y, key.z, key.w};
@@ -22,52 +24,56 @@ __device__ __forceinline__ void accumulate(float (&sum)[16], uint4 key, float sc
   }
 }
 
-/// One warp per token; it works if its token is the last that the step wrote in its page. The order of the sum
-/// depends on the keys' places in the page alone, so a mean does not depend on how tokens were grouped into steps.
-__global__ void __launch_bounds__(32 * kWarps) page_means_kernel(
-    IndexCache cache, const int64_t* __restrict__ slot_mapping, int tokens) {
-  const int token = blockIdx.x * kWarps + threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();
-  if (token >= tokens) return;
-  const int64_t slot = slot_mapping[token];
-  const int64_t following = token + 1 < tokens ? slot_mapping[token + 1] : -1;
-  if (slot < 0 || (following == slot + 1 && following % kPageTokens != 0)) return;
-
-  uint8_t* page = cache.page(slot / kPageTokens);
-  const int count = static_cast<int>(slot % kPageTokens) + 1;
-  const int group = lane / 8, part = lane % 8;
+/// The mean of a page whose first `count` keys are valid. The order of the sum depends on the keys' places in the page
+/// alone, so a mean does not depend on how tokens were grouped into steps. Few instructions: most launches run them once.
+__device__ __forceinline__ void update_mean(uint8_t* page, int count, float (&sums)[kWarps][kHeadDim]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = threadIdx.x % kParts;
+  constexpr int kKeysOfThread = kPageTokens / kKeysAtOnce;
   const auto* scales = reinterpret_cast<const float*>(page + kScalesOffset);
-  const float scale_low = lane < count ? scales[lane] : 0.0f;
-  const float scale_high = lane + 32 < count ? scales[lane + 32] : 0.0f;
-  uint4 keys[kKeysPerGroup];
+  uint4 key[kKeysOfThread];
+  float scale[kKeysOfThread], sum[16] = {};
 #pragma unroll
-  for (int j = 0; j < kKeysPerGroup; ++j) {
-    const int key = j * kKeyGroups + group;
-    keys[j] = key < count ? reinterpret_cast<const uint4*>(page + key * kHeadDim)[part] : uint4{0, 0, 0, 0};
+  for (int i = 0; i < kKeysOfThread; ++i) {
+    const int number = threadIdx.x / kParts + i * kKeysAtOnce;
+    const bool exists = number < count;
+    key[i] = exists ? reinterpret_cast<const uint4*>(page + number * kHeadDim)[part] : uint4{0, 0, 0, 0};
+    scale[i] = exists ? scales[number] : 0.0f;
   }
-  float sum[16] = {};
 #pragma unroll
-  for (int j = 0; j < kKeysPerGroup; ++j) {
-    const int key = j * kKeyGroups + group;
-    const float scale = __shfl_sync(~0u, j < kKeysPerGroup / 2 ? scale_low : scale_high, key % 32);
-    accumulate(sum, keys[j], scale);
-  }
+  for (int i = 0; i < kKeysOfThread; ++i) accumulate(sum, key[i], scale[i]);
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     sum[i] += __shfl_xor_sync(~0u, sum[i], 8);
     sum[i] += __shfl_xor_sync(~0u, sum[i], 16);
   }
-  const float keys_in_page = static_cast<float>(count);
-  auto* mean = reinterpret_cast<float4*>(page + kMeanOffset);
+  if (lane < kParts) {
+    auto* own = reinterpret_cast<float4*>(&sums[warp][part * 16]);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (group == i) {
-      mean[part * 4 + i] = {
-          sum[4 * i] / keys_in_page, sum[4 * i + 1] / keys_in_page, sum[4 * i + 2] / keys_in_page,
-          sum[4 * i + 3] / keys_in_page};
-    }
+    for (int i = 0; i < 4; ++i) own[i] = {sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]};
+  }
+  __syncthreads();
+  if (threadIdx.x < kHeadDim) {
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) total += sums[i][threadIdx.x];
+    reinterpret_cast<float*>(page + kMeanOffset)[threadIdx.x] = total / static_cast<float>(count);
+  }
+}
+
+/// A CTA looks at adjacent tokens, and updates a page at the last one that the step wrote in it.
+__global__ void __launch_bounds__(kThreads) page_means_kernel(
+    IndexCache cache, const int64_t* __restrict__ slot_mapping, int tokens, int tokens_of_cta) {
+  __shared__ __align__(16) float sums[kWarps][kHeadDim];
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+  const int first = blockIdx.x * tokens_of_cta, last = min(first + tokens_of_cta, tokens);
+#pragma unroll 1
+  for (int token = first; token < last; ++token) {
+    const int64_t slot = slot_mapping[token];
+    const int64_t following = token + 1 < tokens ? slot_mapping[token + 1] : -1;
+    if (slot < 0 || (following == slot + 1 && following % kPageTokens != 0)) continue;
+    update_mean(cache.page(slot / kPageTokens), static_cast<int>(slot % kPageTokens) + 1, sums);
+    __syncthreads();
   }
 }
 
@@ -76,9 +82,10 @@ void update_page_means(Tensor index_cache, Tensor slot_mapping) {
   check_tensor(slot_mapping, "slot_mapping", ScalarType::Long, 1);
   const int tokens = static_cast<int>(slot_mapping.size(0));
   if (tokens == 0) return;
+  const int tokens_of_cta = tokens < kManyTokens ? 1 : kTokensOfCta;
   launch_overlapping(
-      "update_page_means", page_means_kernel, dim3((tokens + kWarps - 1) / kWarps), 32 * kWarps,
-      current_stream(index_cache), cache, static_cast<const int64_t*>(slot_mapping.data_ptr()), tokens);
+      "update_page_means", page_means_kernel, dim3((tokens + tokens_of_cta - 1) / tokens_of_cta), kThreads,
+      current_stream(index_cache), cache, static_cast<const int64_t*>(slot_mapping.data_ptr()), tokens, tokens_of_cta);
 }
 
 }  // namespace
