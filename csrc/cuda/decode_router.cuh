@@ -101,10 +101,9 @@ class DecodeRouter {
     MeanStream means(
         *this, rows_.block_table + part.request * rows_.table_stride, first_segment * segment_blocks,
         at_once * segment_blocks, min(last_segment * segment_blocks, most_blocks), pages_per_block);
-    start_loads();
 #pragma unroll 1
     for (int segment = first_segment; segment < last_segment; segment += at_once) {
-      means.pool_batch();
+      means.pool_batch(start_loads);
       if (segment == first_segment) await();  // not earlier: what rank 0 makes ready is there by now
       __syncthreads();
       const int count = min(at_once, last_segment - segment);
@@ -116,6 +115,7 @@ class DecodeRouter {
       }
     }
     if (first_segment == last_segment) {
+      start_loads();
       await();
       __syncthreads();
     }
@@ -265,12 +265,11 @@ class DecodeRouter {
       half_ = batch <= kWarps / 2 * warp_blocks ? 8 : 4;  // half of the warps have it all
       slots_ = router.ring_ + warp * 2 * half_ * kMeanBytes + threadIdx.x % 32 * 16;
       later_ids_ = load_ids(0);
-#pragma unroll 1
-      for (int i = 0; i < 2; ++i) fetch_half();
     }
 
-    /// The next batch's means go to the tile.
-    __device__ void pool_batch() {
+    /// The next batch's means go to the tile. start_loads() is called once the first are under way.
+    template <typename StartLoads>
+    __device__ void pool_batch(StartLoads start_loads) {
       const int lane = threadIdx.x % 32, end = min(consumed_ + my_pages_, page_count_);
       // a product with a power of two is the quotient to the bit
       const bool is_power = (pages_per_block_ & (pages_per_block_ - 1)) == 0;
@@ -278,7 +277,12 @@ class DecodeRouter {
       float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
       int left = pages_per_block_, index = first_block_;
 #pragma unroll 1
-      while (consumed_ < end) {
+      while (true) {
+        const bool starts = fetched_ == 0;
+#pragma unroll 1
+        while (fetched_ - consumed_ <= half_) fetch_half();
+        if (starts) start_loads();
+        if (consumed_ >= end) break;
         if ((consumed_ & (half_ - 1)) == 0) ptx::cp_async_wait<1>();  // all but the later half
         const char* slot = slots_ + (consumed_ & (2 * half_ - 1)) * kMeanBytes;
         const int run = min(min(left, end - consumed_), half_ - (consumed_ & (half_ - 1)));
@@ -289,7 +293,6 @@ class DecodeRouter {
         }
         consumed_ += run;
         left -= run;
-        if ((consumed_ & (half_ - 1)) == 0) fetch_half();
         if (left > 0) continue;
         const float4 mean = is_power
                                 ? float4{sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse}
@@ -323,10 +326,11 @@ class DecodeRouter {
           later_ids_ = load_ids(fetched_ + 32);
         }
         char* slot = slots_ + (fetched_ & (2 * half_ - 1)) * kMeanBytes;
-#pragma unroll 4
+#pragma unroll 1
         for (int i = 0; i < half_; ++i) {
           const int id = __shfl_sync(~0u, ids_, (fetched_ + i) % 32);
-          if (id >= 0) ptx::cp_async<16>(slot + i * kMeanBytes, router_.cache_.mean(id) + 4 * (threadIdx.x % 32));
+          ptx::cp_async_if<16>(
+              id >= 0, ptx::smem_address(slot + i * kMeanBytes), router_.cache_.mean(id) + 4 * (threadIdx.x % 32));
         }
       }
       ptx::cp_async_commit();

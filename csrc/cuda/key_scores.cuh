@@ -59,13 +59,15 @@ template <int kHeads>
 __device__ __forceinline__ void load_gates(
     float (&gate)[HeadLayout<kHeads>::kHeadsPerLane], const QueryHeads& queries, int rows) {
   using Layout = HeadLayout<kHeads>;
-  const int quad_lane = threadIdx.x % 4, row = Layout::row_of_lane();
+  const int quad_lane = threadIdx.x % 4;
+  const bool has_row = Layout::row_of_lane() < rows;
+  const int row = has_row ? Layout::row_of_lane() : 0;
+  const float* gates = queries.gates + row * queries.gates_stride;
 #pragma unroll
   for (int i = 0; i < Layout::kHeadsPerLane; ++i) {
     const int index = Layout::head_of(8 * (i / 2) + 2 * quad_lane + i % 2);
-    const bool exists = row < rows && index < queries.count;
-    const int safe_row = exists ? row : 0, safe_index = exists ? index : 0;  // always loads, as branches cost more
-    const float value = queries.gates[safe_row * queries.gates_stride + queries.head(safe_row, safe_index)];
+    const bool exists = has_row && index < queries.count;
+    const float value = gates[queries.head(row, exists ? index : 0)];  // always loads, as branches cost more
     gate[i] = exists ? value : 0.0f;
   }
 }

@@ -517,6 +517,7 @@ class RowSelection {
     const int first = first_of_warp(part.count), last = last_of_warp(part.count);
     const uint32_t first_position = first < part.count ? position(part, first) : 0;
     uint32_t before = lane < warp ? part.above_of_warp[lane] : 0;
+#pragma unroll 1
     for (int i = lane; i < listed; i += 32) {
       const uint64_t value = list_[i];
       before += value >= cut && position_of(value) < first_position;
