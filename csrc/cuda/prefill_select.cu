@@ -15,64 +15,73 @@ namespace {
 
 // ---------------------------------------------------------------- thresholds from samples
 
-constexpr int kThresholdThreads = 256;
+constexpr int kThresholdWarps = 4;  // of a block, each with a row of its own
 // How many standard deviations of a sampled rank lie between the rank aimed at and k.
 constexpr float kSampleMargin = 5.0f;
 
-// One block per slot: the sample that, up to sampling error, a few more than k keys of the row outrank. Keys outrank
+// One warp per slot: the sample that, up to sampling error, a few more than k keys of the row outrank. Keys outrank
 // each other by score, then by position: a score that very many keys share (0, where no head is active) must not let
 // all of them pass.
-__global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __grid_constant__ Params p) {
-  extern __shared__ uint32_t keys[];
-  __shared__ SelectScratch scratch;
-  const int slot = blockIdx.x;
-  for (int bin = threadIdx.x; bin < kSelectBins; bin += kThresholdThreads) scratch.bins[bin] = 0;
+__global__ __launch_bounds__(32 * kThresholdWarps) void threshold_kernel(const __grid_constant__ Params p) {
+  __shared__ SelectScratch scratch_of_warp[kThresholdWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int slot = blockIdx.x * kThresholdWarps + warp;
+  SelectScratch& scratch = scratch_of_warp[warp];
+#pragma unroll
+  for (int i = lane; i < kSelectBins / 4; i += 32) {
+    reinterpret_cast<uint4*>(scratch.bins)[i] = make_uint4(0, 0, 0, 0);
+  }
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
-  if (threadIdx.x == 0) {
+  if (slot >= p.num_rows) return;
+  if (lane == 0) {
     p.last_tie[slot] = INT32_MAX;
     if (slot == 0) *p.undecided_count = *p.arrived = 0;
   }
   const int visible = p.rows.visible[p.row_begin + slot];
   if (visible < p.scored_from || visible >= p.scored_to) return;
   if (visible <= p.keep_all || p.num_samples == 0) {
-    if (threadIdx.x == 0) p.threshold[slot] = -INFINITY;
+    if (lane == 0) p.threshold[slot] = -INFINITY;
     return;
   }
-  __syncthreads();
-  // key 0 marks a sample the row does not see: no float has it
+  __syncwarp();
   const float* samples = p.samples + static_cast<int64_t>(slot) * p.num_samples;
+  // Calls visit(key, index) for each sample; key 0 marks one that the row does not see: no float has it
+  auto for_each_sample = [&](auto&& visit) {
+#pragma unroll 8
+    for (int i = 4 * lane; i < p.num_samples; i += 4 * 32) {
+      float four[4];
+      load_words(four, samples + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        visit(__float_as_uint(four[j]) != kInvalidSample ? order_key(four[j]) : 0, i + j);
+      }
+    }
+  };
+  const ScoreBins bins = ScoreBins::of_any_scores();
   uint32_t count = 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < p.num_samples; i += kThresholdThreads) {
-    const float sample = samples[i];
-    const bool seen = __float_as_uint(sample) != kInvalidSample;
-    const uint32_t key = seen ? order_key(sample) : 0;
-    keys[i] = key;
-    count += seen;
-    if (seen) atomicAdd(&scratch.bins[ScoreBins::of_any_scores().of(key)], 1u);
-  }
-  uint32_t valid;
-  block_exclusive_sum<kThresholdThreads>(count, scratch.warp_sums, valid);
+  for_each_sample([&](uint32_t key, int) {
+    count += key != 0;
+    // not to branch, what is not seen counts in a word that a warp does not use
+    atomicAdd(key != 0 ? &scratch.bins[bins.of(key)] : &scratch.warp_sums[lane], 1u);
+  });
+  const uint32_t valid = __reduce_add_sync(0xFFFFFFFFu, count);
   const float expected = static_cast<float>(p.k) * valid / visible;
   const uint32_t rank = static_cast<uint32_t>(ceilf(expected + kSampleMargin * sqrtf(expected))) + 1;
   if (rank >= valid) {
-    if (threadIdx.x == 0) p.threshold[slot] = -INFINITY;
+    if (lane == 0) p.threshold[slot] = -INFINITY;
     return;
   }
-  choose_bin<kThresholdThreads>(rank, scratch);
-  const Cut start = cut_of_bin(ScoreBins::of_any_scores(), rank, scratch);
-  select_sync<kThresholdThreads>();
-  const uint64_t cut = last_selected<kThresholdThreads>(
-      start,
-      [&](auto&& visit) {
-#pragma unroll 4
-        for (int i = threadIdx.x; i < p.num_samples; i += kThresholdThreads) {
-          if (keys[i] != 0) visit((static_cast<uint64_t>(keys[i]) << 32) | (0xFFFFFFFFu - i));
-        }
-      },
-      scratch);
-  if (threadIdx.x == 0) {
+  __syncwarp();
+  choose_bin<32>(rank, scratch);
+  Cut start = cut_of_bin(bins, rank, scratch);
+  __syncwarp();
+  auto for_each_value = [&](auto&& visit) {
+    for_each_sample([&](uint32_t key, int i) { visit(static_cast<uint64_t>(key) << 32 | (0xFFFFFFFFu - i)); });
+  };
+  if (start.inside > kFewValues) start = narrow_to_keys<32>(start, p.num_samples, for_each_value, scratch);
+  const uint64_t cut = last_selected<32>(start, for_each_value, scratch);
+  if (lane == 0) {
     p.threshold[slot] = float_of_order_key(static_cast<uint32_t>(cut >> 32));
     p.last_tie[slot] = static_cast<int32_t>(position_of(cut));
   }
@@ -83,70 +92,63 @@ __global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __gr
 constexpr int kMaxSplits = 32;
 // Entries of a row that lists are kept for
 constexpr int kMostEntries = 24576;
-constexpr int kFinalThreads = 512;
 // A thread of the final kernel takes so many entries of one list at a time
 constexpr int kChunk = 8;
-// Where a row's lists have room for up to so many entries, of which they mostly hold two thirds, a thread keeps one chunk
-// of them in registers, else several
-constexpr int kFewEntries = kFinalThreads * kChunk * 3 / 2;
-constexpr int kMoreChunks = 3;
+// Where a row's lists have room for up to so many entries, of which they mostly hold two thirds, smaller blocks keep them
+// in registers
+constexpr int kFewEntries = 6144;
 // Positions that have a bit each in shared memory at a time
 constexpr int kWindow = 1 << 17;
 constexpr int kWindowWords = kWindow / 32;
 constexpr int kMostSelected = 16384;
 
 struct FinalShared {
-  SelectScratch scratch;
-  alignas(16) uint32_t words[kWindowWords];
+  union {
+    SelectScratch scratch;  // the values that decide lie where its bins were
+    uint16_t ranks[kWindowWords + 32];  // how many positions are selected before each word's
+  };
+  // A bit for each position, set where it is selected. What is not selected has a bit in a word of each lane's, behind
+  // all others, so that nothing branches around it
+  alignas(16) uint32_t words[kWindowWords + 32];
   uint32_t few_count;
   uint64_t cut;
 };
-
-// Neighbouring entries of list `split`; key 0: no entry. Positions are packed (see Splits), two a word.
-template <int kCount>
-struct Entries {
-  uint32_t key[kCount];
-  uint32_t packed[kCount / 2];
-  uint32_t split;
-
-  __device__ __forceinline__ uint32_t position(const Splits& in_splits, int i) const {
-    return in_splits.unpack(packed[i / 2] >> i % 2 * 16 & 0xFFFF, split);
-  }
-};
+static_assert(kMostSelected + 32 <= 1 << 16);
 
 // One block per slot: writes the row's selection, ascending, or lists the row as undecided if one of its lists
-// overflowed or the threshold let fewer than k keys pass. A thread keeps its first kOwnChunks chunks of entries in
-// registers; they are read again where there are more, or where one pass over them does not do.
-template <int kOwnChunks>
-__global__ __launch_bounds__(kFinalThreads, kOwnChunks == 1 ? 3 : 2) void final_kernel(const __grid_constant__ Params p) {
-  // [k] positions, at last; before, the threads' own chunks (see own_bytes)
+// overflowed or the threshold let fewer than k keys pass. A thread keeps its first kOwnChunks chunks of entries; others
+// are read again for every pass. kBlocks: so many fit on a multiprocessor. kOneWindow: no row sees more than kWindow keys.
+template <int kThreads, int kOwnChunks, int kBlocks, bool kOneWindow>
+__global__ __launch_bounds__(kThreads, kBlocks) void final_kernel(const __grid_constant__ Params p) {
+  // [k + 32] positions, at last; before, those of the threads' own chunks (see own_bytes)
   extern __shared__ __align__(16) uint32_t chosen[];
   __shared__ FinalShared sh;
+  static_assert(kWindowWords % (4 * kThreads) == 0);
   const int lane = threadIdx.x % 32;
   const int slot = blockIdx.x;
   const int row = p.row_begin + slot;
-  const auto clear_words = [&] {
+  auto clear = [](uint32_t* words, auto count) {
 #pragma unroll
-    for (int i = threadIdx.x; i < kWindowWords / 4; i += kFinalThreads) {
-      reinterpret_cast<uint4*>(sh.words)[i] = make_uint4(0, 0, 0, 0);
+    for (int i = threadIdx.x; i < count / 4; i += kThreads) {
+      reinterpret_cast<uint4*>(words)[i] = make_uint4(0, 0, 0, 0);
     }
   };
+  const auto clear_words = [&] { clear(sh.words, std::integral_constant<int, kWindowWords>{}); };
   clear_words();
-  for (int i = threadIdx.x; i < kSelectBins / 4; i += kFinalThreads) {
-    reinterpret_cast<uint4*>(sh.scratch.bins)[i] = make_uint4(0, 0, 0, 0);
-  }
+  clear(sh.scratch.bins, std::integral_constant<int, kSelectBins>{});
   if (threadIdx.x == 0) sh.few_count = 0;
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
   const uint32_t capacity = p.list_capacity;
   const int visible = p.rows.visible[row];
   // Lane s of every warp knows list s. Loaded together with what says whether there are any
-  const uint32_t count = lane < p.splits ? p.counts[static_cast<int64_t>(slot) * p.splits + lane] : 0;
+  auto load_count = [&] { return lane < p.splits ? p.counts[static_cast<int64_t>(slot) * p.splits + lane] : 0; };
+  const uint32_t count = load_count();
   const float threshold = p.threshold[slot];
   if (visible < p.written_from || visible >= p.scored_to) return;
   int32_t* out = p.out + row * p.out_row_stride;
   if (visible < p.scored_from) {
-    for (int i = threadIdx.x; i < p.k; i += kFinalThreads) out[i] = i < visible ? i : -1;
+    for (int i = threadIdx.x; i < p.k; i += kThreads) out[i] = i < visible ? i : -1;
     return;
   }
 
@@ -157,149 +159,237 @@ __global__ __launch_bounds__(kFinalThreads, kOwnChunks == 1 ? 3 : 2) void final_
     return;
   }
 
-  const uint32_t chunks = (count + kChunk - 1) / kChunk;
-  uint32_t chunks_end = chunks;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, chunks_end, offset);
-    if (lane >= offset) chunks_end += other;
-  }
-  const uint32_t all_chunks = __shfl_sync(0xFFFFFFFFu, chunks_end, 31);
-  // A warp loads together, of the chunks from `first` on, one a thread: the entries from `begin` on
-  auto load = [&](uint32_t first, uint32_t begin, auto count_of) {
-    constexpr int kCount = decltype(count_of)::value;
-    Entries<kCount> entries{};
-    const uint32_t chunk = first + threadIdx.x;
-    for (int other = 0; other < p.splits - 1; ++other) {
-      entries.split += chunk >= __shfl_sync(0xFFFFFFFFu, chunks_end, other);
-    }
-    const uint32_t size = __shfl_sync(0xFFFFFFFFu, count, entries.split);
-    const uint32_t in_list =
-        (chunk - __shfl_sync(0xFFFFFFFFu, chunks_end - chunks, entries.split)) * kChunk + begin;
-    if (chunk >= all_chunks) return entries;
-    const int64_t place = static_cast<int64_t>(slot * p.splits + entries.split) * capacity + in_list;
-    load_words(entries.key, p.list_scores + place);
-    load_words(entries.packed, reinterpret_cast<const uint32_t*>(p.list_positions + place));
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      entries.key[i] = in_list + i < size ? order_key(__uint_as_float(entries.key[i])) : 0;
-    }
-    return entries;
+  // All keys are finite and positive, or NaN: as most thresholds are
+  const bool is_positive = threshold > 0;
+  struct Lists {
+    uint32_t count, chunks, chunks_end;
   };
-  // Calls visit(key, position of no arguments) for each
-  auto visit_each = [&](const auto& entries, auto&& visit) {
+  auto lists_of = [](uint32_t count) {
+    const uint32_t chunks = (count + kChunk - 1) / kChunk;
+    return Lists{count, chunks, warp_inclusive_sum(chunks)};
+  };
+  const Lists lists = lists_of(count);
+  const uint32_t all_chunks = __shfl_sync(0xFFFFFFFFu, lists.chunks_end, 31);
+  // A warp loads together, of the chunks from `first` on, one a thread: the entries from `begin` on. Key 0: no entry.
+  // take_positions(position) gets theirs.
+  auto load = [&](auto& key, uint32_t first, uint32_t begin, const Lists& lists, auto&& take_positions) {
+    constexpr int kCount = sizeof(key) / sizeof(uint32_t);
+    const auto [count, chunks, chunks_end] = lists;
+    const uint32_t chunk = first + threadIdx.x;
+    uint32_t split = 0;  // the first list that ends behind the chunk
+#pragma unroll 1
+    for (uint32_t step = p.split_step; step != 0; step /= 2) {
+      if (__shfl_sync(0xFFFFFFFFu, chunks_end, split + step - 1) <= chunk) split += step;
+    }
+    const uint32_t size = __shfl_sync(0xFFFFFFFFu, count, split);
+    const uint32_t in_list = (chunk - __shfl_sync(0xFFFFFFFFu, chunks_end - chunks, split)) * kChunk + begin;
+    const bool exists = chunk < all_chunks;  // else what is loaded does not matter
+    const uint32_t valid = exists && in_list < size ? size - in_list : 0;
+    const uint32_t place = exists ? (slot * p.splits + split) * capacity + in_list : 0;
+    uint32_t packed[kCount / 2];
+    load_words(packed, reinterpret_cast<const uint32_t*>(p.list_positions + place));
+    load_words(key, p.list_scores + place);
+    auto unpack = [&](auto position_of_packed) {
+      uint32_t position[kCount];
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(entries.key) / sizeof(uint32_t)); ++i) {
-      if (entries.key[i] != 0) visit(entries.key[i], [&] { return entries.position(p.in_splits, i); });
+      for (int i = 0; i < kCount; ++i) position[i] = position_of_packed(packed[i / 2] >> i % 2 * 16 & 0xFFFF);
+      take_positions(position);
+    };
+    if (p.in_splits.odd == 1) {
+      unpack([&](uint32_t value) { return p.in_splits.unpack_even(value, split); });
+    } else {
+      unpack([&](uint32_t value) { return p.in_splits.unpack(value, split); });
+    }
+    if (is_positive) {
+      constexpr uint32_t kPositiveNan = 0x7F800001u;  // any will do: they are equal, and above all others
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) key[i] = min(key[i], kPositiveNan) | 0x80000000u;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) key[i] = order_key(__uint_as_float(key[i]));
+    }
+    if (!__all_sync(0xFFFFFFFFu, valid >= kCount)) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) key[i] = i < valid ? key[i] : 0;
     }
   };
   const auto has_chunks = [&](uint32_t first) { return first + threadIdx.x - lane < all_chunks; };
-  // Reads the chunks from `first` on, kCount entries at a time, and visits them
-  auto for_each_read = [&](uint32_t first, auto count_of, auto&& visit) {
-    constexpr int kCount = decltype(count_of)::value;
+  // Reads the chunks from `first` on, some entries at a time as registers are taken, and calls visit(key, position)
+  auto for_each_read = [&](uint32_t first, auto&& visit) {
+    constexpr int kCount = 2;
 #pragma unroll 1
-    for (; has_chunks(first); first += kFinalThreads) {
+    for (; has_chunks(first); first += kThreads) {
 #pragma unroll 1
       for (int begin = 0; begin < kChunk; begin += kCount) {
-        visit_each(load(first, begin, count_of), visit);
+        const Lists lists = lists_of(load_count());  // not kept, either
+        uint32_t key[kCount], position[kCount];
+        load(key, first, begin, lists, [&](const uint32_t (&positions)[kCount]) {
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) position[i] = positions[i];
+        });
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          if (key[i] != 0) visit(key[i], position[i]);
+        }
       }
     }
   };
-  using WholeChunk = std::integral_constant<int, kChunk>;
-  Entries<kChunk> own[kOwnChunks] = {};
-  // Positions are needed late, and keys once more where the search is long: they wait in shared memory
-  auto* const parked = reinterpret_cast<uint4*>(chosen) + threadIdx.x;
-  auto parked_at = [&](int j, int part) -> uint4& { return parked[(3 * j + part) * kFinalThreads]; };
+  auto read_others = [&](auto&& visit) { for_each_read(kOwnChunks * kThreads, visit); };
+  uint32_t own[kOwnChunks][kChunk] = {};  // keys
+  // Positions are needed late: they wait in shared memory
+  auto parked = [&](int j, int half) -> uint4& {
+    return reinterpret_cast<uint4*>(chosen)[(2 * j + half) * kThreads + threadIdx.x];
+  };
+  auto load_parked = [&](uint32_t(&position)[kChunk / 2], int j, int half) {
+    load_words(position, reinterpret_cast<const uint32_t*>(&parked(j, half)));
+  };
 #pragma unroll
   for (int j = 0; j < kOwnChunks; ++j) {
-    if (!has_chunks(j * kFinalThreads)) continue;
-    own[j] = load(j * kFinalThreads, 0, WholeChunk{});
-    const auto& [key, packed, split] = own[j];
-    parked_at(j, 0) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-    parked_at(j, 1) = make_uint4(key[0], key[1], key[2], key[3]);
-    parked_at(j, 2) = make_uint4(key[4], key[5], key[6], key[7]);
+    if (!has_chunks(j * kThreads)) continue;
+    load(own[j], j * kThreads, 0, lists, [&](const uint32_t (&at)[kChunk]) {
+      parked(j, 0) = make_uint4(at[0], at[1], at[2], at[3]);
+      parked(j, 1) = make_uint4(at[4], at[5], at[6], at[7]);
+    });
   }
-  auto read_others = [&](auto&& visit) {
-    for_each_read(kOwnChunks * kFinalThreads, std::integral_constant<int, 2>{}, visit);  // as registers are taken
-  };
-  auto for_each_entry = [&](auto&& visit) {
-#pragma unroll
-    for (int j = 0; j < kOwnChunks; ++j) {
-      load_words(own[j].packed, reinterpret_cast<const uint32_t*>(&parked_at(j, 0)));
-      visit_each(own[j], visit);
-    }
-    read_others(visit);
-  };
-  // The same, for passes of a search that may be many
-  auto for_each_parked = [&](auto&& visit) {
-#pragma unroll
-    for (int j = 0; j < kOwnChunks; ++j) {
-      if (!has_chunks(j * kFinalThreads)) continue;
-      const uint4 packed = parked_at(j, 0), low = parked_at(j, 1), high = parked_at(j, 2);
-      const Entries<kChunk> entries{{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w},
-                                    {packed.x, packed.y, packed.z, packed.w},
-                                    own[j].split};
-      visit_each(entries, visit);
-    }
-    read_others(visit);
-  };
   auto value_of = [](uint32_t key, uint32_t position) {
     return static_cast<uint64_t>(key) << 32 | (0xFFFFFFFFu - position);
   };
 
   // The cut lies not far above a threshold, as the lists keep little more than the k best. Without one they keep all keys
   const ScoreBins bins = isfinite(threshold) ? ScoreBins::above(threshold) : ScoreBins::of_all_scores();
+  auto count_key = [&](uint32_t key) { atomicAdd(&sh.scratch.bins[bins.of_not_below(key)], 1u); };
   __syncthreads();  // bins are empty
-  for_each_entry([&](uint32_t key, auto) { atomicAdd(&sh.scratch.bins[bins.of(key)], 1u); });
-  __syncthreads();
-  choose_bin<kFinalThreads>(p.k, sh.scratch);
-  const Cut start = cut_of_bin(bins, p.k, sh.scratch);
-
-  // A bit of each selected position
-  auto set_bit = [&](uint32_t at) {
-    if (at < kWindow) atomicOr(&sh.words[at / 32], 1u << at % 32);
-  };
-  uint64_t cut = start.low;
-  if (start.inside <= kFewValues) {
-    // Those of the bin are ranked among themselves; they wait where the bins were
-    auto* const few = reinterpret_cast<uint64_t*>(sh.scratch.bins);
-    const auto low = static_cast<uint32_t>(start.low >> 32), high = static_cast<uint32_t>(start.low + start.span >> 32);
-    for_each_entry([&](uint32_t key, auto position) {
-      if (key < low) return;
-      const uint32_t at = position();
-      if (key > high) {
-        set_bit(at);
-      } else {
-        few[atomicAdd(&sh.few_count, 1u)] = value_of(key, at);
+#pragma unroll
+  for (int j = 0; j < kOwnChunks; ++j) {
+    if (!has_chunks(j * kThreads)) continue;
+    if (__all_sync(0xFFFFFFFFu, own[j][kChunk - 1] != 0)) {
+#pragma unroll
+      for (const uint32_t key : own[j]) count_key(key);
+    } else {
+#pragma unroll
+      for (const uint32_t key : own[j]) {
+        if (key != 0) count_key(key);
       }
-    });
-    __syncthreads();
-    if (threadIdx.x < start.inside) {
+    }
+  }
+  read_others([&](uint32_t key, uint32_t) { count_key(key); });
+  __syncthreads();
+  choose_bin<kThreads>(p.k, sh.scratch);
+  const uint32_t inside = sh.scratch.inside, need = p.k - sh.scratch.above;
+  // Keys above `bound` are selected, and of equal ones those at positions before `end`
+  const uint32_t low = bins.first_key(sh.scratch.chosen_bin);
+  uint32_t bound = bins.last_key(sh.scratch.chosen_bin), end = 0;
+  const bool decides_by_few = inside <= kFewValues;
+  if (!decides_by_few) {
+    select_sync<kThreads>();
+    auto for_each_value = [&](auto&& visit) {
+#pragma unroll
+      for (int j = 0; j < kOwnChunks; ++j) {
+        if (!has_chunks(j * kThreads)) continue;
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          visit(value_of(own[j][i], reinterpret_cast<const uint32_t*>(&parked(j, i / 4))[i % 4]));
+        }
+      }
+      read_others([&](uint32_t key, uint32_t position) { visit(value_of(key, position)); });
+    };
+    Cut cut{static_cast<uint64_t>(low) << 32, static_cast<uint64_t>(bound - low) << 32 | 0xFFFFFFFFu, need, false, inside};
+    cut = narrow_to_keys<kThreads>(cut, visible, for_each_value, sh.scratch);
+    const uint64_t last = end_search<kThreads>(cut, for_each_value, sh.scratch);
+    bound = static_cast<uint32_t>(last >> 32);
+    end = position_of(last) + 1;
+  }
+  auto is_selected = [&](uint32_t key, uint32_t position) { return (key > bound) | ((key == bound) & (position < end)); };
+
+  // Where a position's bit is, in `words`: in the window, or in the lane's own word
+  const uint32_t outside = (kWindowWords + lane) * 32;
+  const uint32_t not_selected = kOneWindow ? outside : 0xFFFFFFFFu;
+  auto bit_of = [&](uint32_t position, uint32_t window) {
+    if constexpr (kOneWindow) return position;
+    return position - window < kWindow ? position - window : outside;
+  };
+  auto set_bit = [&](uint32_t bit) { atomicOr(&sh.words[bit / 32], 1u << bit % 32); };
+  // Those of the deciding bin are ranked among themselves; they wait where the bins were
+  auto* const few = reinterpret_cast<uint64_t*>(sh.scratch.bins);
+  auto add_few = [&](uint32_t key, uint32_t position) { few[atomicAdd(&sh.few_count, 1u)] = value_of(key, position); };
+  const uint32_t few_span = bound - low;  // used if decided by few
+  // Selected positions take the place of the keys; a thread may decide on one more
+  uint32_t decided = not_selected;
+  if (decides_by_few) {
+#pragma unroll
+    for (int j = 0; j < kOwnChunks; ++j) {
+      if (!has_chunks(j * kThreads)) continue;
+      auto& key = own[j];
+      uint32_t least = 0xFFFFFFFFu;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) least = min(least, key[i] - low);
+      if (least <= few_span) {
+        uint32_t few_of_thread = 0;
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) few_of_thread |= static_cast<uint32_t>(key[i] - low <= few_span) << i;
+#pragma unroll 1
+        for (; few_of_thread != 0; few_of_thread &= few_of_thread - 1) {
+          const int place = __ffs(few_of_thread) - 1;
+          uint32_t its_key = key[0];
+#pragma unroll
+          for (int i = 1; i < kChunk; ++i) its_key = i == place ? key[i] : its_key;
+          add_few(its_key, reinterpret_cast<const uint32_t*>(&parked(j, place / 4))[place % 4]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kOwnChunks; ++j) {
+    if (!has_chunks(j * kThreads)) continue;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t position[kChunk / 2];
+      load_parked(position, j, half);
+#pragma unroll
+      for (int i = 0; i < kChunk / 2; ++i) {
+        uint32_t& key = own[j][half * (kChunk / 2) + i];
+        key = is_selected(key, position[i]) ? position[i] : not_selected;
+        set_bit(bit_of(key, 0));
+      }
+    }
+  }
+  read_others([&](uint32_t key, uint32_t position) {
+    if (is_selected(key, position)) set_bit(bit_of(position, 0));
+    if (decides_by_few && key - low <= few_span) add_few(key, position);
+  });
+  __syncthreads();
+  if (decides_by_few) {
+    if (threadIdx.x < inside) {
       const uint64_t value = few[threadIdx.x];
       uint32_t larger = 0;
 #pragma unroll 4
-      for (uint32_t i = 0; i < start.inside; ++i) larger += few[i] > value;
-      if (larger < start.need) set_bit(position_of(value));
-      if (larger == start.need - 1) sh.cut = value;
+      for (uint32_t i = 0; i < inside; ++i) larger += few[i] > value;
+      if (larger < need) {
+        decided = position_of(value);
+        set_bit(bit_of(decided, 0));
+      }
+      if (larger == need - 1) sh.cut = value;
     }
     __syncthreads();
-    cut = sh.cut;
-  } else {
-    select_sync<kFinalThreads>();
-    cut = end_search<kFinalThreads>(
-        start,
-        [&](auto&& visit) {
-          for_each_parked([&](uint32_t key, auto position) { visit(value_of(key, position())); });
-        },
-        sh.scratch);
-    for_each_parked([&](uint32_t key, auto position) {
-      const uint32_t at = position();
-      if (value_of(key, at) >= cut) set_bit(at);
-    });
-    __syncthreads();
+    bound = static_cast<uint32_t>(sh.cut >> 32);
+    end = position_of(sh.cut) + 1;
   }
+  // Calls visit(position) for each selected position, and for not_selected
+  auto for_each_selected = [&](auto&& visit) {
+#pragma unroll
+    for (int j = 0; j < kOwnChunks; ++j) {
+      if (!has_chunks(j * kThreads)) continue;
+#pragma unroll
+      for (const uint32_t position : own[j]) visit(position);
+    }
+    if (decided != not_selected) visit(decided);
+    read_others([&](uint32_t key, uint32_t position) {
+      if (is_selected(key, position)) visit(position);
+    });
+  };
 
-  // Ascending positions: a thread lists those of its own words behind those of the threads before it
+  // A selected position's rank: the bits before its word's, which each thread counts for the words of its own, and
+  // those before it in the word. Ranks of what is not selected lie behind the k places.
   uint32_t earlier = 0;  // in earlier windows
 #pragma unroll 1
   for (uint32_t window = 0; window < static_cast<uint32_t>(visible); window += kWindow) {
@@ -307,40 +397,42 @@ __global__ __launch_bounds__(kFinalThreads, kOwnChunks == 1 ? 3 : 2) void final_
       __syncthreads();
       clear_words();
       __syncthreads();
-      // all anew, as chosen positions are where entries were
-      for_each_read(0, std::integral_constant<int, 4>{}, [&](uint32_t key, auto position) {
-        const uint32_t at = position();
-        if (value_of(key, at) >= cut) set_bit(at - window);
-      });
+      for_each_selected([&](uint32_t position) { set_bit(bit_of(position, window)); });
       __syncthreads();
     }
-    int own_words = kWindowWords / kFinalThreads;
-    while (own_words > 4 && visible - window <= 16 * own_words * kFinalThreads) own_words /= 2;
-    auto four_words = [&](int i) { return *reinterpret_cast<const uint4*>(&sh.words[threadIdx.x * own_words + i]); };
+    int own_words = kWindowWords / kThreads;
+    while (own_words > 2 && visible - window <= 16 * own_words * kThreads) own_words /= 2;
+    const uint2* const words = reinterpret_cast<const uint2*>(sh.words) + threadIdx.x * own_words / 2;
     uint32_t sum = 0, all;
 #pragma unroll 1
-    for (int i = 0; i < own_words; i += 4) {
-      const uint4 four = four_words(i);
-      sum += __popc(four.x) + __popc(four.y) + __popc(four.z) + __popc(four.w);
-    }
-    uint32_t place = earlier + block_exclusive_sum<kFinalThreads>(sum, sh.scratch.warp_sums, all);
+    for (int i = 0; i < own_words / 2; ++i) sum += __popc(words[i].x) + __popc(words[i].y);
+    uint32_t rank = earlier + exclusive_sum<kThreads>(sum, sh.scratch.warp_sums, all);
     earlier += all;
-    if (sum == 0) continue;
+    auto* const own_ranks = reinterpret_cast<uint32_t*>(sh.ranks) + threadIdx.x * own_words / 2;
 #pragma unroll 1
-    for (int i = 0; i < own_words; i += 4) {
-      const uint4 four = four_words(i);
-      const uint32_t words[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t first = window + (threadIdx.x * own_words + i + j) * 32;
-#pragma unroll 1
-        for (uint32_t bits = words[j]; bits != 0; bits &= bits - 1) chosen[place++] = first + __ffs(bits) - 1;
-      }
+    for (int i = 0; i < own_words / 2; ++i) {
+      const uint32_t first = rank + __popc(words[i].x);
+      own_ranks[i] = rank | first << 16;
+      rank = first + __popc(words[i].y);
     }
+    if (threadIdx.x < 32) sh.ranks[kWindowWords + lane] = static_cast<uint16_t>(p.k + lane);
+    __syncthreads();
+    for_each_selected([&](uint32_t position) {
+      const uint32_t bit = bit_of(position, window), word = bit / 32;
+      chosen[sh.ranks[word] + __popc(sh.words[word] & ~(~0u << bit % 32))] = position;
+    });
+    if constexpr (kOneWindow) break;
   }
   __syncthreads();
+  if (p.k % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
 #pragma unroll 2
-  for (int i = threadIdx.x; i < p.k; i += kFinalThreads) out[i] = static_cast<int32_t>(chosen[i]);
+    for (int i = threadIdx.x; i < p.k / 4; i += kThreads) {
+      reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(chosen)[i];
+    }
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < p.k; i += kThreads) out[i] = static_cast<int32_t>(chosen[i]);
+  }
 }
 
 constexpr int kUndecidedThreads = 512;
@@ -545,11 +637,13 @@ constexpr cudaLaunchAttributeID kOverlaps = cudaLaunchAttributeProgrammaticStrea
 // Its blocks all run at the same time.
 constexpr cudaLaunchAttributeID kTogether = cudaLaunchAttributeCooperative;
 
-template <int kOwnChunks>
-void launch_final(const Params& p, cudaStream_t stream) {
-  const size_t own_bytes = kFinalThreads * kOwnChunks * kChunk * (sizeof(uint32_t) + sizeof(uint16_t));
-  const size_t shared = std::max(own_bytes, p.k * sizeof(uint32_t));
-  launch(final_kernel<kOwnChunks>, p.num_rows, kFinalThreads, shared, stream, kOverlaps, p);
+template <int kThreads, int kOwnChunks, int kBlocks>
+void launch_final(const Params& p, bool one_window, cudaStream_t stream) {
+  const size_t own_bytes = kThreads * kOwnChunks * kChunk * sizeof(uint32_t);
+  const size_t shared = std::max(own_bytes, (p.k + 32) * sizeof(uint32_t));
+  const auto kernel = one_window ? final_kernel<kThreads, kOwnChunks, kBlocks, true>
+                                 : final_kernel<kThreads, kOwnChunks, kBlocks, false>;
+  launch(kernel, p.num_rows, kThreads, shared, stream, kOverlaps, p);
 }
 
 template <int kHeads>
@@ -568,8 +662,8 @@ void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap
         launch(score_kernel<kHeads, Mode::kSample>, std::min(items, multiprocessors), kThreads, kShared, stream,
                kOverlaps, page_map, group);
       }
-      launch(threshold_kernel, group.num_rows, kThresholdThreads, group.num_samples * sizeof(uint32_t), stream,
-             kOverlaps, group);
+      launch(threshold_kernel, static_cast<int>(ceil_div(group.num_rows, kThresholdWarps)), 32 * kThresholdWarps, 0,
+             stream, kOverlaps, group);
       for (int first = 0; first < group.num_rows; first += plan.launch_rows) {
         Params p = common;
         p.row_begin = group.row_begin + first;
@@ -580,9 +674,9 @@ void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap
         launch(score_kernel<kHeads, Mode::kCollect>, std::min(items, multiprocessors), kThreads, kShared, stream,
                kOverlaps, page_map, p);
         if (p.list_capacity * p.splits <= kFewEntries) {
-          launch_final<1>(p, stream);
+          launch_final<256, 2, 4>(p, plan.dense_stride <= kWindow, stream);
         } else {
-          launch_final<kMoreChunks>(p, stream);
+          launch_final<512, 3, 2>(p, plan.dense_stride <= kWindow, stream);
         }
       }
     } else {
@@ -671,6 +765,7 @@ void prefill_select(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
       p.list_scores + static_cast<int64_t>(plan.launch_rows) * plan.splits * plan.list_capacity);
   p.list_capacity = plan.list_capacity;
   p.in_splits = splits_of(plan.splits);
+  while (2 * p.split_step < plan.splits) p.split_step = std::max(2 * p.split_step, 1);
   p.keep_all = plan.keep_all;
   p.samples = reinterpret_cast<float*>(base);
   p.num_samples = plan.num_samples;

@@ -130,7 +130,15 @@ def test_a_missing_proxy_fence_is_noticed(tmp_path, kernel, following):
             assert_equals_reference(broken, case, heads, 64)
 
 
-@pytest.mark.parametrize("following", ["  choose_bin<kFinalThreads>(p.k", "    if (threadIdx.x < start.inside) {"])
+@pytest.mark.parametrize(
+    "following",
+    [
+        "  choose_bin<kThreads>(p.k",
+        "  if (decides_by_few) {\n    if",
+        "    for_each_selected([&](uint32_t position) {\n      const",
+        "  if (p.k % 4 == 0",
+    ],
+)
 def test_a_missing_barrier_is_noticed(tmp_path, following):
     if cuda_emulation.find_compiler() is None:
         pytest.skip("no C++ compiler on Linux")
@@ -146,7 +154,8 @@ def test_a_missing_barrier_is_noticed(tmp_path, following):
     assert sum(seen) == 1, "the line is not there any more"
     case = make_case([[3000 - i for i in range(20)]], 16, exact=True)
     broken.configure(5, seed=64)
-    with pytest.raises(AssertionError, match="not equal"):
+    # what is read too early may be a place outside of the kernel's memory
+    with pytest.raises((AssertionError, cuda_emulation.EmulationError), match="not equal|not the kernel's"):
         assert_equals_reference(broken, case, random_heads(case, 8), 64)
 
 
