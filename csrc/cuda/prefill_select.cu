@@ -15,73 +15,64 @@ namespace {
 
 // ---------------------------------------------------------------- thresholds from samples
 
-constexpr int kThresholdWarps = 4;  // of a block, each with a row of its own
+constexpr int kThresholdThreads = 256;
 // How many standard deviations of a sampled rank lie between the rank aimed at and k.
 constexpr float kSampleMargin = 5.0f;
 
-// One warp per slot: the sample that, up to sampling error, a few more than k keys of the row outrank. Keys outrank
+// One block per slot: the sample that, up to sampling error, a few more than k keys of the row outrank. Keys outrank
 // each other by score, then by position: a score that very many keys share (0, where no head is active) must not let
 // all of them pass.
-__global__ __launch_bounds__(32 * kThresholdWarps) void threshold_kernel(const __grid_constant__ Params p) {
-  __shared__ SelectScratch scratch_of_warp[kThresholdWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int slot = blockIdx.x * kThresholdWarps + warp;
-  SelectScratch& scratch = scratch_of_warp[warp];
-#pragma unroll
-  for (int i = lane; i < kSelectBins / 4; i += 32) {
-    reinterpret_cast<uint4*>(scratch.bins)[i] = make_uint4(0, 0, 0, 0);
-  }
+__global__ __launch_bounds__(kThresholdThreads) void threshold_kernel(const __grid_constant__ Params p) {
+  extern __shared__ uint32_t keys[];
+  __shared__ SelectScratch scratch;
+  const int slot = blockIdx.x;
+  for (int bin = threadIdx.x; bin < kSelectBins; bin += kThresholdThreads) scratch.bins[bin] = 0;
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
-  if (slot >= p.num_rows) return;
-  if (lane == 0) {
+  if (threadIdx.x == 0) {
     p.last_tie[slot] = INT32_MAX;
     if (slot == 0) *p.undecided_count = *p.arrived = 0;
   }
   const int visible = p.rows.visible[p.row_begin + slot];
   if (visible < p.scored_from || visible >= p.scored_to) return;
   if (visible <= p.keep_all || p.num_samples == 0) {
-    if (lane == 0) p.threshold[slot] = -INFINITY;
+    if (threadIdx.x == 0) p.threshold[slot] = -INFINITY;
     return;
   }
-  __syncwarp();
+  __syncthreads();
+  // key 0 marks a sample the row does not see: no float has it
   const float* samples = p.samples + static_cast<int64_t>(slot) * p.num_samples;
-  // Calls visit(key, index) for each sample; key 0 marks one that the row does not see: no float has it
-  auto for_each_sample = [&](auto&& visit) {
-#pragma unroll 8
-    for (int i = 4 * lane; i < p.num_samples; i += 4 * 32) {
-      float four[4];
-      load_words(four, samples + i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        visit(__float_as_uint(four[j]) != kInvalidSample ? order_key(four[j]) : 0, i + j);
-      }
-    }
-  };
-  const ScoreBins bins = ScoreBins::of_any_scores();
   uint32_t count = 0;
-  for_each_sample([&](uint32_t key, int) {
-    count += key != 0;
-    // not to branch, what is not seen counts in a word that a warp does not use
-    atomicAdd(key != 0 ? &scratch.bins[bins.of(key)] : &scratch.warp_sums[lane], 1u);
-  });
-  const uint32_t valid = __reduce_add_sync(0xFFFFFFFFu, count);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < p.num_samples; i += kThresholdThreads) {
+    const float sample = samples[i];
+    const bool seen = __float_as_uint(sample) != kInvalidSample;
+    const uint32_t key = seen ? order_key(sample) : 0;
+    keys[i] = key;
+    count += seen;
+    if (seen) atomicAdd(&scratch.bins[ScoreBins::of_any_scores().of(key)], 1u);
+  }
+  uint32_t valid;
+  block_exclusive_sum<kThresholdThreads>(count, scratch.warp_sums, valid);
   const float expected = static_cast<float>(p.k) * valid / visible;
   const uint32_t rank = static_cast<uint32_t>(ceilf(expected + kSampleMargin * sqrtf(expected))) + 1;
   if (rank >= valid) {
-    if (lane == 0) p.threshold[slot] = -INFINITY;
+    if (threadIdx.x == 0) p.threshold[slot] = -INFINITY;
     return;
   }
-  __syncwarp();
-  choose_bin<32>(rank, scratch);
-  Cut start = cut_of_bin(bins, rank, scratch);
-  __syncwarp();
-  auto for_each_value = [&](auto&& visit) {
-    for_each_sample([&](uint32_t key, int i) { visit(static_cast<uint64_t>(key) << 32 | (0xFFFFFFFFu - i)); });
-  };
-  if (start.inside > kFewValues) start = narrow_to_keys<32>(start, p.num_samples, for_each_value, scratch);
-  const uint64_t cut = last_selected<32>(start, for_each_value, scratch);
-  if (lane == 0) {
+  choose_bin<kThresholdThreads>(rank, scratch);
+  const Cut start = cut_of_bin(ScoreBins::of_any_scores(), rank, scratch);
+  select_sync<kThresholdThreads>();
+  const uint64_t cut = last_selected<kThresholdThreads>(
+      start,
+      [&](auto&& visit) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < p.num_samples; i += kThresholdThreads) {
+          if (keys[i] != 0) visit((static_cast<uint64_t>(keys[i]) << 32) | (0xFFFFFFFFu - i));
+        }
+      },
+      scratch);
+  if (threadIdx.x == 0) {
     p.threshold[slot] = float_of_order_key(static_cast<uint32_t>(cut >> 32));
     p.last_tie[slot] = static_cast<int32_t>(position_of(cut));
   }
@@ -123,7 +114,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void final_kernel(const __grid_c
   // [k + 32] positions, at last; before, those of the threads' own chunks (see own_bytes)
   extern __shared__ __align__(16) uint32_t chosen[];
   __shared__ FinalShared sh;
-  static_assert(kWindowWords % (4 * kThreads) == 0);
+  static_assert(kWindowWords % (2 * kThreads) == 0);
   const int lane = threadIdx.x % 32;
   const int slot = blockIdx.x;
   const int row = p.row_begin + slot;
@@ -388,8 +379,8 @@ __global__ __launch_bounds__(kThreads, kBlocks) void final_kernel(const __grid_c
     });
   };
 
-  // A selected position's rank: the bits before its word's, which each thread counts for the words of its own, and
-  // those before it in the word. Ranks of what is not selected lie behind the k places.
+  // A selected position's rank: the bits before its word's, and those before it in the word. The ranks of what is not
+  // selected lie behind the k places.
   uint32_t earlier = 0;  // in earlier windows
 #pragma unroll 1
   for (uint32_t window = 0; window < static_cast<uint32_t>(visible); window += kWindow) {
@@ -400,20 +391,25 @@ __global__ __launch_bounds__(kThreads, kBlocks) void final_kernel(const __grid_c
       for_each_selected([&](uint32_t position) { set_bit(bit_of(position, window)); });
       __syncthreads();
     }
+    // a warp's words are neighbours, and 32 of them at a time have a lane each
     int own_words = kWindowWords / kThreads;
     while (own_words > 2 && visible - window <= 16 * own_words * kThreads) own_words /= 2;
-    const uint2* const words = reinterpret_cast<const uint2*>(sh.words) + threadIdx.x * own_words / 2;
+    const int first_word = threadIdx.x / 32 * own_words * 32 + lane;
     uint32_t sum = 0, all;
-#pragma unroll 1
-    for (int i = 0; i < own_words / 2; ++i) sum += __popc(words[i].x) + __popc(words[i].y);
-    uint32_t rank = earlier + exclusive_sum<kThreads>(sum, sh.scratch.warp_sums, all);
+#pragma unroll 2
+    for (int i = 0; i < own_words; ++i) sum += __popc(sh.words[first_word + 32 * i]);
+    uint32_t rank = earlier + block_exclusive_sum<kThreads>(sum, sh.scratch.warp_sums, all);
     earlier += all;
-    auto* const own_ranks = reinterpret_cast<uint32_t*>(sh.ranks) + threadIdx.x * own_words / 2;
+    rank = __shfl_sync(0xFFFFFFFFu, rank, 0);
 #pragma unroll 1
-    for (int i = 0; i < own_words / 2; ++i) {
-      const uint32_t first = rank + __popc(words[i].x);
-      own_ranks[i] = rank | first << 16;
-      rank = first + __popc(words[i].y);
+    for (int word = first_word; word < first_word + 32 * own_words; word += 64) {
+      const uint32_t counts = __popc(sh.words[word]) | __popc(sh.words[word + 32]) << 16;
+      const uint32_t inclusive = warp_inclusive_sum(counts), before = inclusive - counts;
+      const uint32_t totals = __shfl_sync(0xFFFFFFFFu, inclusive, 31);
+      sh.ranks[word] = static_cast<uint16_t>(rank + (before & 0xFFFF));
+      rank += totals & 0xFFFF;
+      sh.ranks[word + 32] = static_cast<uint16_t>(rank + (before >> 16));
+      rank += totals >> 16;
     }
     if (threadIdx.x < 32) sh.ranks[kWindowWords + lane] = static_cast<uint16_t>(p.k + lane);
     __syncthreads();
@@ -662,8 +658,8 @@ void run(const Params& common, const Plan& plan, int64_t rows, const CUtensorMap
         launch(score_kernel<kHeads, Mode::kSample>, std::min(items, multiprocessors), kThreads, kShared, stream,
                kOverlaps, page_map, group);
       }
-      launch(threshold_kernel, static_cast<int>(ceil_div(group.num_rows, kThresholdWarps)), 32 * kThresholdWarps, 0,
-             stream, kOverlaps, group);
+      launch(threshold_kernel, group.num_rows, kThresholdThreads, group.num_samples * sizeof(uint32_t), stream,
+             kOverlaps, group);
       for (int first = 0; first < group.num_rows; first += plan.launch_rows) {
         Params p = common;
         p.row_begin = group.row_begin + first;
@@ -765,7 +761,8 @@ void prefill_select(Tensor q, Tensor gates, std::optional<Tensor> heads, Tensor 
       p.list_scores + static_cast<int64_t>(plan.launch_rows) * plan.splits * plan.list_capacity);
   p.list_capacity = plan.list_capacity;
   p.in_splits = splits_of(plan.splits);
-  while (2 * p.split_step < plan.splits) p.split_step = std::max(2 * p.split_step, 1);
+  p.split_step = 1;
+  while (2 * p.split_step < plan.splits) p.split_step *= 2;
   p.keep_all = plan.keep_all;
   p.samples = reinterpret_cast<float*>(base);
   p.num_samples = plan.num_samples;

@@ -48,6 +48,10 @@ constexpr uint32_t kInvalidSample = 0xFFFFFFFFu;
 constexpr uint32_t kNoMoreQueues = 0xFFFFFFFFu;
 constexpr int kMovedTogether = 4;  // entries of a queue
 constexpr int kMaxLaunchRows = 4096;
+// Limits that the collector warps read are a group's. Where every lane arrives at barriers, for racecheck, each consumer
+// warp has its own: the tool counts for an arrival only what the arriving warp has written itself.
+constexpr bool kOwnLimits = ptx::kArrivalsOfWarp > 1;
+constexpr int kLimitOwners = kOwnLimits ? kConsumerWarps : kGroups;
 
 enum class Mode {
   kSample,   // scores of evenly spread keys, for a first threshold
@@ -112,7 +116,7 @@ struct Params {
   uint16_t* list_positions;  // of the same shape, see Splits
   int list_capacity;         // a multiple of 16
   Splits in_splits;
-  int split_step;      // the largest power of 2 below splits, or 0
+  int split_step;      // the largest power of 2 below splits, or 1
   int keep_all;        // rows with at most so many visible keys need no threshold
   float* samples;      // [num_rows, num_samples]
   int num_samples;     // a multiple of 64; 0: nothing is sampled
@@ -158,14 +162,15 @@ struct Shared {
   int32_t leader[T::kQueries];
   int32_t leader_visible[T::kQueries];
   uint32_t leaders[(T::kQueries + 31) / 32];
-  // Of each row, ordered so that the rows of one thread are neighbours. What a warp's queues are emptied by is its own.
-  int32_t limit[kConsumerWarps][T::kGroupQueries];
-  uint32_t list_end[kConsumerWarps][T::kGroupQueries];
-  // From tie_limit on, keys have to pass the next larger number.
+  // Of each row, ordered so that the rows of one thread are neighbours
+  // Each warp's own thresholds of its group's rows; from tie_limit on, keys have to pass the next larger number.
   alignas(16) float threshold[kConsumerWarps][T::kGroupQueries];
   float next_threshold[T::kQueries];
   int32_t tie_limit[T::kQueries];
-  uint32_t next_place[T::kQueries];  // Places count through all lists
+  // Places count through all lists
+  uint32_t next_place[T::kQueries];
+  uint32_t list_end[kLimitOwners * T::kGroupQueries];
+  int32_t limit[kLimitOwners * T::kGroupQueries];
   alignas(16) float gates[kGroups][4][64];
   // Two queues of each thread, filled in turn, of (score bits, query << kPositionBits | position). Those of a warp
   // change hands together. Selections use the place when nothing is collected.
@@ -314,9 +319,10 @@ __device__ __forceinline__ bool empty_queues(const Params& p, int consumer_warp,
   const uint32_t length = sh.queue_length[which][thread];
   const uint32_t longest = __reduce_max_sync(0xFFFFFFFFu, length);
   if (longest == kNoMoreQueues) return false;
-  uint32_t* const next_place = sh.next_place + thread / kGroupThreads * T::kGroupQueries;
+  const int first = thread / kGroupThreads * T::kGroupQueries + c * T::kThreadQueries;
   const uint2* queue = &sh.queue[which][0][thread];
-  auto own_of = [&](uint32_t tag) { return c * T::kThreadQueries + (tag >> kPositionBits) % T::kThreadQueries; };
+  const int first_limit = kOwnLimits ? consumer_warp * T::kGroupQueries + c * T::kThreadQueries : first;
+  auto query_of = [](uint32_t tag) { return (tag >> kPositionBits) % T::kThreadQueries; };
   auto position_of = [](uint32_t tag) { return tag % (1u << kPositionBits); };
 #pragma unroll 1
   for (uint32_t begin = 0; begin < longest; begin += kMovedTogether) {
@@ -326,18 +332,18 @@ __device__ __forceinline__ bool empty_queues(const Params& p, int consumer_warp,
     for (int i = 0; i < kMovedTogether; ++i) tag[i] = queue[(begin + i) * kConsumerThreads].y;
 #pragma unroll
     for (int i = 0; i < kMovedTogether; ++i) {
-      const bool seen = position_of(tag[i]) < static_cast<uint32_t>(sh.limit[consumer_warp][own_of(tag[i])]);
+      const bool seen = position_of(tag[i]) < static_cast<uint32_t>(sh.limit[first_limit + query_of(tag[i])]);
       taken |= static_cast<uint32_t>(seen & (begin + i < length)) << i;
     }
     // Atomics are never predicated: not to branch around each, lanes without an entry count in a word of their own
 #pragma unroll
     for (int i = 0; i < kMovedTogether; ++i) {
-      place[i] = atomicAdd((taken >> i & 1) != 0 ? &next_place[own_of(tag[i])] : &sh.unused_count[lane], 1u);
+      place[i] = atomicAdd((taken >> i & 1) != 0 ? &sh.next_place[first + query_of(tag[i])] : &sh.unused_count[lane], 1u);
     }
     // Scores are loaded late, for lack of registers
 #pragma unroll
     for (int i = 0; i < kMovedTogether; ++i) {
-      const bool stores = (place[i] < sh.list_end[consumer_warp][own_of(tag[i])]) & ((taken >> i & 1) != 0);
+      const bool stores = (place[i] < sh.list_end[first_limit + query_of(tag[i])]) & ((taken >> i & 1) != 0);
       ptx::store_if(stores, p.list_positions + place[i], p.in_splits.pack(position_of(tag[i])));
       ptx::store_if(stores, p.list_scores + place[i], queue[(begin + i) * kConsumerThreads].x);
     }
@@ -571,7 +577,7 @@ struct Summation {
 
   const Params& p;
   Shared<kHeads>& sh;
-  const int32_t* limit;  // of the thread's first query
+  int first_limit;  // of the thread's queries
   int first_slot;  // its queries are 4 slots apart
   uint32_t row_stride;
   const float (&gates)[64];
@@ -637,7 +643,7 @@ struct Summation {
                    (static_cast<uint32_t>(query) << kPositionBits) + position + 8 * r);
           }
         } else {
-          const int limit = this->limit[query];
+          const int limit = sh.limit[first_limit + query];
           float* const to = kMode == Mode::kSample ? p.samples : p.dense;
           const uint32_t at = (first_slot + query * 4) * row_stride + position;
 #pragma unroll
@@ -690,40 +696,49 @@ __device__ __forceinline__ void consume(const Params& p, RingCursor& ring, Share
   float gates[64];
   load_words(gates, sh.gates[group][c]);
   Summation<kHeads, kMode> sum{
-      p, sh, sh.limit[warp] + c * T::kThreadQueries, tile_of() * T::kQueries + group * T::kGroupQueries + c,
+      p, sh, (kOwnLimits ? warp : group) * T::kGroupQueries + c * T::kThreadQueries, tile_of() * T::kQueries + group * T::kGroupQueries + c,
       kMode == Mode::kSample ? static_cast<uint32_t>(p.num_samples) : p.dense_stride, gates, {}, {}, 0, key_row};
   const float* const threshold = sh.threshold[warp] + c * T::kThreadQueries;
+  // Calls work(query of the group, whether this thread does it for the group), so that each limit is written by its owner
+  auto for_each_query = [&](auto&& work) {
+    if constexpr (kOwnLimits) {
+      for (int query = lane; query < T::kGroupQueries; query += 32) work(query, warp % (kGroupThreads / 32) == 0);
+    } else {
+      if (thread < T::kGroupQueries) work(thread, true);
+    }
+  };
 
   for (int leader = next_leader(sh, 0); leader < T::kQueries; leader = next_leader(sh, leader + 1)) {
     const int pages = pages_of<kMode>(p, sh.leader_visible[leader]);
     const uint64_t step = kMode == Mode::kSample ? sample_step(sh.leader_visible[leader], p.num_samples) : 0;
 
-#pragma unroll
-    for (int i = ptx::opaque(lane); i < T::kGroupQueries; i += 32) {
-      const int from = group * T::kGroupQueries + i;
-      const int own = i % 4 * T::kThreadQueries + i / 4;
+    for_each_query([&](int query, bool is_of_group) {
+      const int from = group * T::kGroupQueries + query;
+      const int own = query % 4 * T::kThreadQueries + query / 4;
+      const int to = group * T::kGroupQueries + own;
+      const int to_limit = (kOwnLimits ? warp : group) * T::kGroupQueries + own;
       const bool member = sh.leader[from] == leader;
       if constexpr (kMode == Mode::kSample) {
-        sh.limit[warp][own] = member ? samples_below(sh.visible[from], step, p.num_samples) : -1;
+        sh.limit[to_limit] = member ? samples_below(sh.visible[from], step, p.num_samples) : -1;
       } else {
-        sh.limit[warp][own] = member ? sh.visible[from] : 0;
+        sh.limit[to_limit] = member ? sh.visible[from] : 0;
       }
       if constexpr (kMode == Mode::kCollect) {
         const int slot = tile_of() * T::kQueries + from;
-        const float found = member ? p.threshold[slot] : INFINITY;
-        sh.threshold[warp][own] = found;
-        const uint32_t list = static_cast<uint32_t>(slot * p.splits + split_of()) * p.list_capacity;
-        sh.list_end[warp][own] = list + p.list_capacity;
-        if (warp % (kGroupThreads / 32) == 0) {
-          const int to = group * T::kGroupQueries + own;
+        if (is_of_group) {
           const int tie = member ? p.last_tie[slot] : INT32_MAX;
           sh.tie_limit[to] =
               tie == INT32_MAX ? tie : sample_position(tie, sample_step(sh.leader_visible[leader], p.num_samples)) + 1;
+          const float found = member ? p.threshold[slot] : INFINITY;
           sh.next_threshold[to] = next_larger(found);
-          sh.next_place[to] = member ? list : kClosedList;
+#pragma unroll
+          for (int i = 0; i < kGroupThreads / 32; ++i) sh.threshold[group * (kGroupThreads / 32) + i][own] = found;
         }
+        const uint32_t list = static_cast<uint32_t>(slot * p.splits + split_of()) * p.list_capacity;
+        if (is_of_group) sh.next_place[to] = member ? list : kClosedList;
+        sh.list_end[to_limit] = list + p.list_capacity;
       }
-    }
+    });
     sync_group(group);
 
     Queue<kHeads> queue(sh);
@@ -774,16 +789,15 @@ __device__ __forceinline__ void consume(const Params& p, RingCursor& ring, Share
 
     sync_group(group);
     if constexpr (kMode == Mode::kCollect) {
-      if (warp % (kGroupThreads / 32) == 0) {
-#pragma unroll
-        for (int i = ptx::opaque(lane); i < T::kGroupQueries; i += 32) {
-          const int from = group * T::kGroupQueries + i;
-          const int own = i % 4 * T::kThreadQueries + i / 4;
-          if (sh.leader[from] != leader) continue;
+      for_each_query([&](int query, bool is_of_group) {
+        const int from = group * T::kGroupQueries + query;
+        if (is_of_group && sh.leader[from] == leader) {
+          const int own = query % 4 * T::kThreadQueries + query / 4;
           p.counts[(tile_of() * T::kQueries + from) * p.splits + split_of()] =
-              sh.next_place[group * T::kGroupQueries + own] - (sh.list_end[warp][own] - p.list_capacity);
+              sh.next_place[group * T::kGroupQueries + own] -
+              (sh.list_end[(kOwnLimits ? warp : group) * T::kGroupQueries + own] - p.list_capacity);
         }
-      }
+      });
     }
   }
 }
@@ -886,7 +900,7 @@ __device__ __forceinline__ void select_dense(const float* scores, int visible, i
   const int begin = warp * share, end = min(visible, begin + share);
   uint32_t own = 0, total;
   for (int i = begin + lane; i < end; i += 32) own += rank_value(scores[i], i) >= cut;
-  uint32_t place = exclusive_sum<kConsumerThreads>(own, scratch.warp_sums, total);
+  uint32_t place = block_exclusive_sum<kConsumerThreads>(own, scratch.warp_sums, total);
   place = __shfl_sync(0xFFFFFFFFu, place, 0);
   for (int first = begin; first < end; first += 32) {
     const int i = first + lane;

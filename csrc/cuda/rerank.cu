@@ -225,7 +225,7 @@ class RowSelection {
       sums[i] = sum;
       if (word < word_count) sum += __popc(words[word]);
     }
-    const uint32_t earlier = exclusive_sum<kThreads>(sum, scratch_.warp_sums, all);
+    const uint32_t earlier = block_exclusive_sum<kThreads>(sum, scratch_.warp_sums, all);
 #pragma unroll
     for (int i = 0; i < kOwnWords; ++i) {
       const int word = threadIdx.x * kOwnWords + i;

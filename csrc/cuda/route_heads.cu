@@ -135,10 +135,7 @@ __global__ void __launch_bounds__(kThreads, kParts) route_pooled_kernel(const __
       const uint8_t* from = args.q + (exists ? row : 0) * args.q_row_stride;
       convert_query(query[f], load_query(from, args.q_head_stride, first_head + 16 * f, args.heads));
     }
-    if (part == 0) {
-      ptx::wait_for_previous_kernel();  // the pooled means are complete from here on
-      ptx::let_next_kernel_start();
-    }
+    if (part == 0) ptx::wait_for_previous_kernel();  // the pooled means are complete from here on
 
     float total[kFragments][2] = {}, sum[kFragments][2] = {};
     uint32_t done = 0;  // rows whose request has been scored

@@ -1,4 +1,4 @@
-// Exact selection by one block or warp: the k largest of many distinct values, without sorting them.
+// Exact selection by one block: the k largest of many distinct values, without sorting them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -85,21 +85,10 @@ struct ScoreBins {
   }
 };
 
-// A selection is made by a group of kThreads threads, which all call the functions below: the block's first ones, or, if
-// they are 32, any warp for itself. The rest of the block takes no part.
-template <int kThreads>
-__device__ __forceinline__ int index_in_group() {
-  return kThreads == 32 ? threadIdx.x % 32 : threadIdx.x;
-}
-
-// A barrier of the group.
+// A barrier of the block's first kThreads threads; the rest of the block takes no part in a selection.
 template <int kThreads>
 __device__ __forceinline__ void select_sync() {
-  if constexpr (kThreads == 32) {
-    __syncwarp();
-  } else {
-    ptx::named_barrier_sync<7, kThreads>();
-  }
+  ptx::named_barrier_sync<7, kThreads>();
 }
 
 // Inclusive sum over a warp.
@@ -113,24 +102,19 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value) {
   return value;
 }
 
-// Exclusive sum over the group. `total` gets the sum of all.
+// Exclusive sum over the block's first kThreads threads, which all call it. `total` gets the sum of all.
 template <int kThreads>
-__device__ __forceinline__ uint32_t exclusive_sum(uint32_t value, uint32_t* warp_sums, uint32_t& total) {
+__device__ __forceinline__ uint32_t block_exclusive_sum(uint32_t value, uint32_t* warp_sums, uint32_t& total) {
+  constexpr int kWarps = kThreads / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t inclusive = warp_inclusive_sum(value);
-  if constexpr (kThreads == 32) {
-    total = __shfl_sync(0xFFFFFFFFu, inclusive, 31);
-    return inclusive - value;
-  } else {
-    constexpr int kWarps = kThreads / 32;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (lane == 31) warp_sums[warp] = inclusive;
-    select_sync<kThreads>();
-    const uint32_t sum = lane < kWarps ? warp_sums[lane] : 0;
-    const uint32_t before = __reduce_add_sync(0xFFFFFFFFu, lane < warp ? sum : 0);
-    total = __reduce_add_sync(0xFFFFFFFFu, sum);
-    select_sync<kThreads>();
-    return before + inclusive - value;
-  }
+  if (lane == 31) warp_sums[warp] = inclusive;
+  select_sync<kThreads>();
+  const uint32_t sum = lane < kWarps ? warp_sums[lane] : 0;
+  const uint32_t before = __reduce_add_sync(0xFFFFFFFFu, lane < warp ? sum : 0);
+  total = __reduce_add_sync(0xFFFFFFFFu, sum);
+  select_sync<kThreads>();
+  return before + inclusive - value;
 }
 
 // The bounds of the values that decide a selection.
@@ -143,17 +127,16 @@ struct Cut {
 };
 
 // Finds the bin that holds the `need`-th largest of the counted values: the results lie in `chosen_bin`, `above` and
-// `inside` for all of the group. Returns how many values were counted. A barrier must precede, and another one the next
-// change of the bins.
+// `inside` for all of the block's first kThreads threads, which take part. Returns how many values were counted. A
+// barrier must precede, and another one the next change of the bins.
 template <int kThreads>
 __device__ __forceinline__ uint32_t choose_bin(uint32_t need, SelectScratch& scratch) {
-  constexpr int kScanThreads = kThreads < 256 ? kThreads : 256;
+  constexpr int kScanThreads = 256;
   constexpr int kBinsPerThread = kSelectBins / kScanThreads;
-  const int thread = index_in_group<kThreads>();
   uint32_t sum = 0;
   // opaque: a loop around this would keep all that follows from it in registers
-  const int top = ptx::opaque(kSelectBins - 1 - thread * kBinsPerThread);
-  if (thread < kScanThreads) {
+  const int top = ptx::opaque(kSelectBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread);
+  if (threadIdx.x < kScanThreads) {
 #pragma unroll
     for (int i = 0; i < kBinsPerThread; i += 4) {
       const uint4 four = *reinterpret_cast<const uint4*>(&scratch.bins[top - i - 3]);
@@ -161,23 +144,9 @@ __device__ __forceinline__ uint32_t choose_bin(uint32_t need, SelectScratch& scr
     }
   }
   uint32_t total;
-  uint32_t above = exclusive_sum<kThreads>(sum, scratch.warp_sums, total);
-  const bool found = thread < kScanThreads && above < need && above + sum >= need;
-  // The counts are read again, not to take registers of all
-  if constexpr (kThreads == 32) {
-    // of the one lane's many bins, each lane takes two
-    static_assert(kBinsPerThread == 2 * 32);
-    const int lane_found = __ffs(__ballot_sync(0xFFFFFFFFu, found)) - 1;
-    const int bin = __shfl_sync(0xFFFFFFFFu, top, lane_found) - 2 * thread;
-    const uint32_t first = scratch.bins[bin], second = scratch.bins[bin - 1];
-    above = __shfl_sync(0xFFFFFFFFu, above, lane_found) + warp_inclusive_sum(first + second) - first - second;
-    if (above < need && above + first + second >= need) {
-      const bool is_first = above + first >= need;
-      scratch.chosen_bin = is_first ? bin : bin - 1;
-      scratch.above = is_first ? above : above + first;
-      scratch.inside = is_first ? first : second;
-    }
-  } else if (found) {
+  uint32_t above = block_exclusive_sum<kThreads>(sum, scratch.warp_sums, total);
+  if (threadIdx.x < kScanThreads && above < need && above + sum >= need) {
+    // one thread: the counts are read again, not to take registers of all
     int bin = top;
     uint32_t inside = scratch.bins[bin];
 #pragma unroll 1
@@ -204,13 +173,13 @@ __device__ __forceinline__ Cut cut_of_bin(const ScoreBins& bins, uint32_t need, 
 
 // One step of a search from the top by 2^11 bins over [low, low + span]: narrows the cut to the bin that holds the
 // `need`-th largest value. for_each(visit) calls visit(value) for this thread's share of the values; the range holds
-// at least `need` values.
+// at least `need` values. The block's first kThreads threads take part.
 template <int kThreads, typename ForEach>
 __device__ __forceinline__ Cut narrow_cut(Cut cut, ForEach&& for_each, SelectScratch& scratch) {
   static_assert(kThreads % 32 == 0);
   const int span_bits = cut.span == 0 ? 1 : 64 - __clzll(static_cast<long long>(cut.span));
   const int shift = max(0, span_bits - kSelectBinsLog2);
-  for (int bin = index_in_group<kThreads>(); bin < kSelectBins; bin += kThreads) scratch.bins[bin] = 0;
+  for (int bin = threadIdx.x; bin < kSelectBins; bin += kThreads) scratch.bins[bin] = 0;
   select_sync<kThreads>();
   for_each([&](uint64_t value) {
     const uint64_t offset = value - cut.low;
@@ -231,7 +200,7 @@ __device__ __forceinline__ Cut narrow_cut(Cut cut, ForEach&& for_each, SelectScr
 // keys are alike, a search goes on among few positions.
 template <int kThreads, typename ForEach>
 __device__ __forceinline__ Cut narrow_to_keys(Cut cut, uint32_t positions, ForEach&& for_each, SelectScratch& scratch) {
-  if (index_in_group<kThreads>() == 0) {
+  if (threadIdx.x == 0) {
     scratch.least = 0xFFFFFFFFu;
     scratch.most = 0;
   }
@@ -261,17 +230,17 @@ constexpr uint32_t kFewValues = 128;
 // Ends a search whose cut holds at most kFewValues values, by ranking those against each other.
 template <int kThreads, typename ForEach>
 __device__ __forceinline__ uint64_t rank_few(const Cut& cut, ForEach&& for_each, SelectScratch& scratch) {
-  static_assert((kFewValues + 1) * sizeof(uint64_t) <= sizeof(scratch.bins));
+  static_assert(kFewValues <= kThreads && (kFewValues + 1) * sizeof(uint64_t) <= sizeof(scratch.bins));
   auto* few = reinterpret_cast<uint64_t*>(scratch.bins);
-  if (index_in_group<kThreads>() == 0) scratch.inside = 0;
+  if (threadIdx.x == 0) scratch.inside = 0;
   select_sync<kThreads>();
   for_each([&](uint64_t value) {
     const uint64_t offset = value - cut.low;
     if (value >= cut.low && offset <= cut.span) few[atomicAdd(&scratch.inside, 1u)] = value;
   });
   select_sync<kThreads>();
-  for (uint32_t own_index = index_in_group<kThreads>(); own_index < cut.inside; own_index += kThreads) {
-    const uint64_t own = few[own_index];
+  if (threadIdx.x < cut.inside) {
+    const uint64_t own = few[threadIdx.x];
     uint32_t larger = 0;
 #pragma unroll 4
     for (uint32_t i = 0; i < cut.inside; ++i) larger += few[i] > own;
@@ -300,7 +269,7 @@ __device__ __forceinline__ uint64_t last_selected(Cut cut, ForEach&& for_each, S
   return rank_few<kThreads>(cut, for_each, scratch);
 }
 
-// The smallest value `low` such that exactly k of the distinct values in [low, high] are >= it: the group selects
+// The smallest value `low` such that exactly k of the distinct values in [low, high] are >= it: the block selects
 // values >= low. `for_each` as in `narrow_cut`; there are at least k values in [low, high].
 template <int kThreads, typename ForEach>
 __device__ __forceinline__ uint64_t kth_largest(uint64_t low, uint64_t high, uint32_t k, ForEach&& for_each,
