@@ -66,10 +66,10 @@ def settled_selections():
         yield wrong
 
 
-def generate_twice(model, prompts, misa=None):
+def generate_twice(model, prompts, misa=None, **options):
     """Greedy tokens of stock vLLM (`misa` None) or under the backend, CUDA graphs on; two runs from empty caches."""
     runs = []
-    with settled_selections() as wrong, offline_engine(model, misa, **OPTIONS) as llm:
+    with settled_selections() as wrong, offline_engine(model, misa, **OPTIONS, **options) as llm:
         wrong.zero_()  # what the start ran on was no request
         for _ in range(2):
             assert llm.reset_prefix_cache()
@@ -84,12 +84,15 @@ def prompts():
     return [random_prompt(3000 + 587 * i, seed=i) for i in range(64)]
 
 
-@pytest.mark.parametrize("model", ["deepseek_model", "glm_model"])
-def test_dsa_generates_stocks_tokens(extended, model, prompts, request):
+# On GLM's shape the top-k that vLLM 0.32 decodes with by default now and then keeps a token twice, and ones that are not
+# among the best (1 of 2972 rows of a run, which held no NaN), where nothing but vLLM's own kernels run. Its reference does
+# not.
+@pytest.mark.parametrize("model, topk", [("deepseek_model", "auto"), ("glm_model", "torch")])
+def test_dsa_generates_stocks_tokens(extended, model, topk, prompts, request):
     model = request.getfixturevalue(model)
-    stock = generate_twice(model, prompts)
+    stock = generate_twice(model, prompts, sparse_indexer_topk_backend=topk)
     assert stock[0] == stock[1], "stock differs from itself"
-    assert generate_twice(model, prompts, {"policy": "dsa"}) == stock
+    assert generate_twice(model, prompts, {"policy": "dsa"}, sparse_indexer_topk_backend=topk) == stock
 
 
 def test_exact_decode_generates_what_dsa_does(extended, deepseek_model):
