@@ -84,9 +84,8 @@ def prompts():
     return [random_prompt(3000 + 587 * i, seed=i) for i in range(64)]
 
 
-# On GLM's shape the top-k that vLLM 0.32 decodes with by default now and then keeps a token twice, and ones that are not
-# among the best (1 of 2972 rows of a run, which held no NaN), where nothing but vLLM's own kernels run. Its reference does
-# not.
+# On GLM's shape, where nothing but vLLM's own kernels ran, the top-k that vLLM 0.32 decodes with by default was seen to
+# keep a token twice and others that are not among the best (1 of 2972 rows, none with a NaN); its reference was not.
 @pytest.mark.parametrize("model, topk", [("deepseek_model", "auto"), ("glm_model", "torch")])
 def test_dsa_generates_stocks_tokens(extended, model, topk, prompts, request):
     model = request.getfixturevalue(model)
