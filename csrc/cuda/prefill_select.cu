@@ -150,7 +150,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void final_kernel(const __grid_c
     return;
   }
 
-  // All keys are finite and positive, or NaN: as most thresholds are
+  // So that no key is negative, as with most thresholds; a NaN may have either sign
   const bool is_positive = threshold > 0;
   struct Lists {
     uint32_t count, chunks, chunks_end;
