@@ -79,8 +79,9 @@ def test_rows_of_many_lengths(operators, active_heads):
     assert_equals_reference(operators, case, random_heads(case, active_heads), 64)
 
 
+@pytest.mark.parametrize("k", [500, 30, 2000])
 @pytest.mark.parametrize("scores", ["constant", "infinite", "nan", "nan keys"])
-def test_scores_that_are_alike_or_not_finite(operators, scores):
+def test_scores_that_are_alike_or_not_finite(operators, scores, k):
     operators.configure(4, seed=11)
     case = make_case([[2500] * 3 + [2499], [2300, 1100]], 8, seed=5, exact=True)
     gates = case.gates
@@ -90,7 +91,22 @@ def test_scores_that_are_alike_or_not_finite(operators, scores):
         value = {"constant": 0.0, "nan": torch.nan, "infinite": torch.inf}[scores]
         gates = torch.where(gates > 0.25, value, gates) if scores == "infinite" else torch.full_like(gates, value)
     case = case.with_gates(gates)
-    assert_equals_reference(operators, case, random_heads(case, 8), 500)
+    assert_equals_reference(operators, case, random_heads(case, 8), k)
+
+
+@pytest.mark.parametrize("gates", ["few positive", "few that count", "none positive"])
+def test_many_scores_alike_behind_a_threshold(operators, gates):
+    """Where most of a row's scores are 0, the threshold is, too, or lies far below the scores that are selected."""
+    operators.configure(5, seed=6)
+    case = make_case([[6000 - i for i in range(12)]], 16, seed=6, exact=True)
+    draw = torch.rand(case.gates.shape, generator=torch.Generator().manual_seed(6))
+    changed = {
+        "few positive": torch.where(draw < 0.8, -case.gates.abs(), case.gates),
+        "few that count": torch.where(draw < 0.9, 0.0, case.gates),
+        "none positive": -case.gates.abs(),
+    }
+    case = case.with_gates(changed[gates])
+    assert_equals_reference(operators, case, random_heads(case, 8), 300)
 
 
 FENCE = "ptx::fence_proxy_async();"
