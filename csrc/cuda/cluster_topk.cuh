@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "common/select.cuh"
+
 namespace misa {
 
 constexpr int kMaxClusterCtas = 16;
@@ -175,12 +177,7 @@ class TopK {
       bin[i + 3] = four.w;
       sum += four.x + four.y + four.z + four.w;
     }
-    uint32_t inclusive = sum;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const uint32_t other = __shfl_up_sync(~0u, inclusive, offset);
-      if (lane >= offset) inclusive += other;
-    }
+    const uint32_t inclusive = warp_inclusive_sum(sum);
     if (lane == 31) shared_.warp_sums[0][warp] = inclusive;
     __syncthreads();
     const uint32_t warp_sum = lane < kWarps ? shared_.warp_sums[0][lane] : 0;

@@ -178,12 +178,7 @@ __device__ __forceinline__ void find_chunks(
     const bool exists = base + lane < plan.items;
     const Item item = exists ? items[base + lane] : Item{0, 0, 0};
     const int ranks = ceil_quotient(item.pages, chunk_pages);
-    int inclusive = ranks;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other = __shfl_up_sync(~0u, inclusive, offset);
-      if (lane >= offset) inclusive += other;
-    }
+    const int inclusive = static_cast<int>(warp_inclusive_sum(static_cast<uint32_t>(ranks)));
     const int first = before + inclusive - ranks;
     const int start = first - quotient(first, ctas) * ctas;
     const int rank = cta - start + (cta < start ? ctas : 0);

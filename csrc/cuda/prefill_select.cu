@@ -205,11 +205,11 @@ __global__ __launch_bounds__(kThreads, kBlocks) void final_kernel(const __grid_c
     }
   };
   const auto has_chunks = [&](uint32_t first) { return first + threadIdx.x - lane < all_chunks; };
-  // Reads the chunks from `first` on, some entries at a time as registers are taken, and calls visit(key, position)
-  auto for_each_read = [&](uint32_t first, auto&& visit) {
+  // Reads the other chunks, some entries at a time as registers are taken, and calls visit(key, position)
+  auto read_others = [&](auto&& visit) {
     constexpr int kCount = 2;
 #pragma unroll 1
-    for (; has_chunks(first); first += kThreads) {
+    for (uint32_t first = kOwnChunks * kThreads; has_chunks(first); first += kThreads) {
 #pragma unroll 1
       for (int begin = 0; begin < kChunk; begin += kCount) {
         const Lists lists = lists_of(load_count());  // not kept, either
@@ -225,15 +225,12 @@ __global__ __launch_bounds__(kThreads, kBlocks) void final_kernel(const __grid_c
       }
     }
   };
-  auto read_others = [&](auto&& visit) { for_each_read(kOwnChunks * kThreads, visit); };
   uint32_t own[kOwnChunks][kChunk] = {};  // keys
   // Positions are needed late: they wait in shared memory
   auto parked = [&](int j, int half) -> uint4& {
     return reinterpret_cast<uint4*>(chosen)[(2 * j + half) * kThreads + threadIdx.x];
   };
-  auto load_parked = [&](uint32_t(&position)[kChunk / 2], int j, int half) {
-    load_words(position, reinterpret_cast<const uint32_t*>(&parked(j, half)));
-  };
+  auto parked_position = [&](int j, int i) { return reinterpret_cast<const uint32_t*>(&parked(j, i / 4))[i % 4]; };
 #pragma unroll
   for (int j = 0; j < kOwnChunks; ++j) {
     if (!has_chunks(j * kThreads)) continue;
@@ -279,7 +276,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void final_kernel(const __grid_c
         if (!has_chunks(j * kThreads)) continue;
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
-          visit(value_of(own[j][i], reinterpret_cast<const uint32_t*>(&parked(j, i / 4))[i % 4]));
+          visit(value_of(own[j][i], parked_position(j, i)));
         }
       }
       read_others([&](uint32_t key, uint32_t position) { visit(value_of(key, position)); });
@@ -324,7 +321,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void final_kernel(const __grid_c
           uint32_t its_key = key[0];
 #pragma unroll
           for (int i = 1; i < kChunk; ++i) its_key = i == place ? key[i] : its_key;
-          add_few(its_key, reinterpret_cast<const uint32_t*>(&parked(j, place / 4))[place % 4]);
+          add_few(its_key, parked_position(j, place));
         }
       }
     }
@@ -335,7 +332,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void final_kernel(const __grid_c
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t position[kChunk / 2];
-      load_parked(position, j, half);
+      load_words(position, reinterpret_cast<const uint32_t*>(&parked(j, half)));
 #pragma unroll
       for (int i = 0; i < kChunk / 2; ++i) {
         uint32_t& key = own[j][half * (kChunk / 2) + i];

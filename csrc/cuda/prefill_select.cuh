@@ -695,8 +695,9 @@ __device__ __forceinline__ void consume(const Params& p, RingCursor& ring, Share
   auto tile_of = [&] { return sh.item / p.splits; };
   float gates[64];
   load_words(gates, sh.gates[group][c]);
+  const int limits = (kOwnLimits ? warp : group) * T::kGroupQueries;  // where its owner's begin
   Summation<kHeads, kMode> sum{
-      p, sh, (kOwnLimits ? warp : group) * T::kGroupQueries + c * T::kThreadQueries, tile_of() * T::kQueries + group * T::kGroupQueries + c,
+      p, sh, limits + c * T::kThreadQueries, tile_of() * T::kQueries + group * T::kGroupQueries + c,
       kMode == Mode::kSample ? static_cast<uint32_t>(p.num_samples) : p.dense_stride, gates, {}, {}, 0, key_row};
   const float* const threshold = sh.threshold[warp] + c * T::kThreadQueries;
   // Calls work(query of the group, whether this thread does it for the group), so that each limit is written by its owner
@@ -716,7 +717,7 @@ __device__ __forceinline__ void consume(const Params& p, RingCursor& ring, Share
       const int from = group * T::kGroupQueries + query;
       const int own = query % 4 * T::kThreadQueries + query / 4;
       const int to = group * T::kGroupQueries + own;
-      const int to_limit = (kOwnLimits ? warp : group) * T::kGroupQueries + own;
+      const int to_limit = limits + own;
       const bool member = sh.leader[from] == leader;
       if constexpr (kMode == Mode::kSample) {
         sh.limit[to_limit] = member ? samples_below(sh.visible[from], step, p.num_samples) : -1;
@@ -795,7 +796,7 @@ __device__ __forceinline__ void consume(const Params& p, RingCursor& ring, Share
           const int own = query % 4 * T::kThreadQueries + query / 4;
           p.counts[(tile_of() * T::kQueries + from) * p.splits + split_of()] =
               sh.next_place[group * T::kGroupQueries + own] -
-              (sh.list_end[(kOwnLimits ? warp : group) * T::kGroupQueries + own] - p.list_capacity);
+              (sh.list_end[limits + own] - p.list_capacity);
         }
       });
     }

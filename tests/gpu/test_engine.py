@@ -86,7 +86,17 @@ def prompts():
 
 # On GLM's shape, where nothing but vLLM's own kernels ran, the top-k that vLLM 0.32 decodes with by default was seen to
 # keep a token twice and others that are not among the best (1 of 2972 rows, none with a NaN); its reference was not.
-@pytest.mark.parametrize("model, topk", [("deepseek_model", "auto"), ("glm_model", "torch")])
+WRONG_TOPK = pytest.mark.xfail(strict=False, reason="vLLM's default decode top-k now and then selects wrong tokens")
+
+
+@pytest.mark.parametrize(
+    "model, topk",
+    [
+        ("deepseek_model", "auto"),
+        ("glm_model", "torch"),
+        pytest.param("glm_model", "auto", marks=WRONG_TOPK),
+    ],
+)
 def test_dsa_generates_stocks_tokens(extended, model, topk, prompts, request):
     model = request.getfixturevalue(model)
     stock = generate_twice(model, prompts, sparse_indexer_topk_backend=topk)
